@@ -1,0 +1,38 @@
+"""The batch that data hands to training: one micro-batch, the same on every rank of a model-parallel group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Tokens already shifted: `labels[b, s]` is the token that follows `tokens[b, s]`.
+
+    tokens, labels, position_ids: int64 [b, s]; loss_mask: float32 [b, s], 1 where the label counts.
+    Packed: b == 1, `cu_seqlens` int32 [n + 1] starts at 0 and ends at s (tail padding is a segment of its own, with
+    loss_mask 0), `max_seqlen` is the longest segment. Unpacked: both None, rows are padded on the right.
+    Where the loss mask is 0 the label is 0 (a valid index).
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    position_ids: torch.Tensor
+    cu_seqlens: torch.Tensor | None = None
+    max_seqlen: int | None = None
+
+    def to(self, device: torch.device) -> MicroBatch:
+        def move(t: torch.Tensor | None) -> torch.Tensor | None:
+            return None if t is None else t.to(device, non_blocking=True)
+
+        return MicroBatch(
+            tokens=self.tokens.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            loss_mask=self.loss_mask.to(device, non_blocking=True),
+            position_ids=self.position_ids.to(device, non_blocking=True),
+            cu_seqlens=move(self.cu_seqlens),
+            max_seqlen=self.max_seqlen,
+        )
