@@ -1,0 +1,156 @@
+"""From a model folder and a layout to this rank's GPTModel chunks, still without weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mcore_swift import parallel
+from mcore_swift.errors import InputError
+from mcore_swift.models.family import Family, HFConfig
+from mcore_swift.models.registry import family_of
+from mcore_swift.models.rope import rope_frequencies
+from mcore_swift.parallel import ParallelPlan
+from mcore_swift.platform import Platform
+from mcore_swift.weights.rules import TensorRule, expand
+
+if TYPE_CHECKING:
+    import torch
+    from megatron.core.transformer import TransformerConfig
+
+    from mcore_swift.models.layers import DecoderModel
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A Hugging Face config, read without executing anything from its folder."""
+
+    folder: Path
+    raw: dict[str, Any]  # config.json as it is
+    config: HFConfig  # with transformers' defaults filled in
+    family: Family
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def tied(self) -> bool:
+        return bool(self.config.tie_word_embeddings)
+
+
+def read_source(folder: Path, *, overrides: dict[str, object] | None = None) -> ModelSource:
+    """Reads `folder`/config.json. Raises InputError when it is missing, malformed, or of an unknown family."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"model.path: {folder} has no config.json; a Hugging Face model folder is needed")
+    try:
+        raw = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not valid JSON: line {error.lineno}: {error.msg}") from None
+    family = family_of(str(raw.get("model_type")), source=str(path))
+    unknown = [key for key in overrides or {} if key not in raw]
+    if unknown:
+        raise InputError(f"model.overrides: {unknown[0]} is not in {path}; allowed: {', '.join(sorted(raw))}")
+    raw |= overrides or {}
+
+    from transformers import CONFIG_MAPPING
+
+    try:
+        config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: {error}") from None
+    return ModelSource(folder=folder, raw=raw, config=config, family=family)
+
+
+def padded_vocab_size(vocab_size: int, tp: int) -> int:
+    """The vocabulary padded so that each TP rank has the same number of rows."""
+    return -(-vocab_size // tp) * tp
+
+
+def transformer_config(
+    source: ModelSource,
+    plan: ParallelPlan,
+    platform: Platform,
+    *,
+    dtype: torch.dtype,
+    extra: dict[str, object] | None = None,
+) -> TransformerConfig:
+    """The TransformerConfig of this model at this layout. `extra` are further fields (precision, recomputation).
+
+    Raises InputError when the layout does not fit the model.
+    """
+    import torch
+    from megatron.core.transformer import TransformerConfig
+
+    fields = source.family.read_config(source.config)
+    _check_layout(fields, plan, source)
+    fields |= {
+        "tensor_model_parallel_size": plan.tp,
+        "pipeline_model_parallel_size": plan.pp,
+        "virtual_pipeline_model_parallel_size": plan.vpp if plan.vpp > 1 else None,
+        "context_parallel_size": plan.cp,
+        "sequence_parallel": plan.sequence_parallel,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "attention_softmax_in_fp32": True,
+        "calculate_per_token_loss": True,  # gradients are divided by the global token count
+        "moe_token_dispatcher_type": "alltoall",  # the default one is refused for micro-batches of differing lengths
+    }
+    return TransformerConfig(**(fields | platform.transformer_config() | (extra or {})))  # type: ignore[arg-type]
+
+
+def _check_layout(fields: dict[str, Any], plan: ParallelPlan, source: ModelSource) -> None:
+    heads, groups, layers = fields["num_attention_heads"], fields["num_query_groups"], fields["num_layers"]
+    for name, value in (("attention heads", heads), ("key-value heads", groups), ("ffn size", fields["ffn_hidden_size"])):
+        if value % plan.tp:
+            allowed = [n for n in range(1, heads + 1) if not (heads % n or groups % n or fields["ffn_hidden_size"] % n)]
+            raise InputError(
+                f"parallel.tp: {plan.tp} does not divide the model's {value} {name} ({source.folder});"
+                f" allowed: {', '.join(map(str, allowed))}"
+            )
+    if plan.pp * plan.vpp > layers:
+        raise InputError(f"parallel.pp: pp {plan.pp} × vpp {plan.vpp} is more than the model's {layers} layers ({source.folder})")
+    if layers % (plan.pp * plan.vpp):
+        raise InputError(
+            f"parallel.pp: pp {plan.pp} × vpp {plan.vpp} does not divide the model's {layers} layers ({source.folder});"
+            f" allowed products: {', '.join(str(n) for n in range(1, layers + 1) if layers % n == 0)}"
+        )
+
+
+def build_chunks(
+    source: ModelSource, config: TransformerConfig, plan: ParallelPlan, platform: Platform
+) -> list[DecoderModel]:
+    """This rank's model chunks (one, or vpp of them), on its device, in training mode, weights not loaded."""
+    from mcore_swift.models.layers import DecoderModel, decoder_spec
+
+    frequencies, factor = rope_frequencies(source.config)
+    chunks = []
+    for chunk in range(plan.vpp) if plan.vpp > 1 else (None,):
+        first, last = parallel.chunk_ends(chunk)
+        model = DecoderModel(
+            config,
+            decoder_spec(config, platform, chunk=chunk),  # type: ignore[arg-type]
+            vocab_size=padded_vocab_size(source.vocab_size, plan.tp),
+            max_sequence_length=source.config.max_position_embeddings,
+            pre_process=first,
+            post_process=last,
+            share_embeddings_and_output_weights=source.tied,
+            position_embedding_type="rope",
+            rotary_base=int(source.config.rope_parameters["rope_theta"]),
+            vp_stage=chunk,
+        )
+        model.true_vocab_size = source.vocab_size
+        model.set_rotary(frequencies, factor)
+        chunks.append(model.to(config.params_dtype) if platform.name == "cpu" else model.cuda().to(config.params_dtype))
+    return chunks
+
+
+def tensor_rules(source: ModelSource, config: TransformerConfig) -> dict[str, TensorRule]:
+    """The model's weight rules written out: global key → TensorRule."""
+    from mcore_swift.models.layers import GLOBAL_KEYS
+
+    return expand(source.family.rules, config, keys=GLOBAL_KEYS, tied=source.tied)

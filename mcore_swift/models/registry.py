@@ -1,0 +1,36 @@
+"""The families: adding one is a file of its own, a test, and a line here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+from mcore_swift.errors import InputError, nearest
+from mcore_swift.models.family import Family
+from mcore_swift.models.llama import LLAMA
+from mcore_swift.models.mistral import MISTRAL
+from mcore_swift.models.qwen2 import QWEN2
+from mcore_swift.models.qwen3 import QWEN3
+
+FAMILIES: dict[str, Family] = {
+    model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3) for model_type in family.model_types
+}
+
+
+def family_of(model_type: str, *, source: str) -> Family:
+    """The family that serves `model_type`, its package versions checked.
+
+    Raises InputError naming `source` (the config's path) for an unknown family or a package that is too old for it.
+    """
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise InputError(f"{source}: model_type {model_type!r} is not a known family; known: {known}.{nearest(model_type, list(FAMILIES))}")
+    family = FAMILIES[model_type]
+    for package, least in family.requires.items():
+        have = importlib.metadata.version(package)
+        if _version(have) < _version(least):
+            raise InputError(f"{source}: {family.name} needs {package} ≥ {least}, but {have} is installed")
+    return family
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split("+")[0].split(".")[:3] if part.isdigit())

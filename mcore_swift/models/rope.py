@@ -1,0 +1,33 @@
+"""Rotary frequencies of any Hugging Face config, computed by transformers' own functions so that they agree exactly."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mcore_swift.errors import InputError
+from mcore_swift.models.family import HFConfig
+
+if TYPE_CHECKING:
+    import torch
+
+SUPPORTED = ("default", "linear", "llama3", "yarn")
+
+
+def rope_frequencies(config: HFConfig) -> tuple[torch.Tensor, float]:
+    """Inverse frequencies, float32 [head_dim / 2], and the factor on cos and sin (YaRN's attention factor, else 1).
+
+    Raises InputError for a RoPE type whose frequencies change with the sequence length.
+    """
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = config.rope_parameters
+    kind = parameters.get("rope_type", "default")
+    if kind not in SUPPORTED:
+        raise InputError(f"config.json: rope_type {kind!r} is not supported; allowed: {', '.join(SUPPORTED)}")
+    if kind != "default":
+        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        return frequencies.float(), float(factor)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
+    return 1.0 / parameters["rope_theta"] ** exponents, 1.0

@@ -1,0 +1,187 @@
+"""How a job's ranks are laid out: sizes, checks, and Megatron's process groups.
+
+The only module that uses `megatron.core.parallel_state`: the rest asks for the sizes and ranks here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mcore_swift.errors import InputError
+from mcore_swift.platform import Platform
+from mcore_swift.recipe import ParallelSection
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelPlan:
+    """The resolved layout of `world_size` ranks: tp × pp × cp × dp, with pp split in vpp chunks a rank."""
+
+    tp: int
+    pp: int
+    vpp: int
+    cp: int
+    ep: int
+    etp: int
+    dp: int
+    sequence_parallel: bool
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tp * self.pp * self.cp
+
+    @property
+    def world_size(self) -> int:
+        return self.model_parallel_size * self.dp
+
+    def __str__(self) -> str:
+        extra = "".join(f" {n.upper()}{v}" for n, v in (("vpp", self.vpp), ("cp", self.cp), ("ep", self.ep)) if v > 1)
+        return f"TP{self.tp}{'+SP' if self.sequence_parallel else ''} PP{self.pp}{extra} DP{self.dp}"
+
+
+def resolve(section: ParallelSection, *, world_size: int | None) -> ParallelPlan:
+    """Fills in what the recipe leaves open. `world_size` None: as many ranks as the layout needs.
+
+    Raises InputError when the sizes do not fit `world_size`.
+    """
+    for name in ("tp", "pp", "vpp", "cp", "ep"):
+        if getattr(section, name) < 1:
+            raise InputError(f"parallel.{name}: {getattr(section, name)} is not allowed; it must be at least 1")
+    model_ranks = section.tp * section.pp * section.cp
+    sizes = f"tp {section.tp} × pp {section.pp} × cp {section.cp}"
+    if world_size is not None and world_size % model_ranks:
+        raise InputError(f"parallel: {sizes} = {model_ranks} ranks do not divide the job's {world_size} ranks")
+    dp = section.dp if section.dp is not None else (world_size or model_ranks) // model_ranks
+    if world_size is not None and dp * model_ranks != world_size:
+        raise InputError(f"parallel: {sizes} × dp {dp} = {dp * model_ranks} ranks, but the job has {world_size}")
+    sequence_parallel = section.tp > 1 if section.sequence_parallel is None else section.sequence_parallel
+    return ParallelPlan(
+        tp=section.tp,
+        pp=section.pp,
+        vpp=section.vpp,
+        cp=section.cp,
+        ep=section.ep,
+        etp=section.etp if section.etp is not None else section.tp,
+        dp=dp,
+        sequence_parallel=sequence_parallel,
+    )
+
+
+def initialize(plan: ParallelPlan, platform: Platform, *, seed: int) -> None:
+    """Joins the job's process group (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and makes Megatron's groups."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != plan.world_size:
+        raise InputError(f"parallel: {plan} needs {plan.world_size} ranks, but WORLD_SIZE is {world_size}")
+    device = platform.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        dist.init_process_group(platform.backend, device_id=device if platform.name == "cuda" else None)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=plan.tp,
+        pipeline_model_parallel_size=plan.pp,
+        virtual_pipeline_model_parallel_size=plan.vpp if plan.vpp > 1 else None,
+        context_parallel_size=plan.cp,
+        expert_model_parallel_size=plan.ep,
+        expert_tensor_parallel_size=plan.etp if plan.ep > 1 else None,
+        create_gloo_process_groups=platform.name == "cpu",
+    )
+    model_parallel_cuda_manual_seed(seed)
+
+
+def shutdown() -> None:
+    """Leaves the job; the process may initialize another layout afterwards."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place in the layout."""
+
+    tp: int
+    pp: int
+    dp: int
+    dp_size: int
+    is_last_stage: bool
+
+
+def ranks() -> Ranks:
+    from megatron.core import parallel_state
+
+    return Ranks(
+        tp=parallel_state.get_tensor_model_parallel_rank(),
+        pp=parallel_state.get_pipeline_model_parallel_rank(),
+        dp=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
+    )
+
+
+def chunk_ends(chunk: int | None) -> tuple[bool, bool]:
+    """Whether model chunk `chunk` of this rank (None: no interleaving) holds the embedding, and the output layer."""
+    from megatron.core import parallel_state
+
+    if chunk is None:
+        return parallel_state.is_pipeline_first_stage(), parallel_state.is_pipeline_last_stage()
+    return (
+        parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=chunk),
+        parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=chunk),
+    )
+
+
+def tp_group() -> ProcessGroup:
+    from megatron.core import parallel_state
+
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def pp_group() -> ProcessGroup:
+    from megatron.core import parallel_state
+
+    return parallel_state.get_pipeline_model_parallel_group()
+
+
+def dp_group() -> ProcessGroup:
+    """Data parallel ranks, context parallel ones included (they share a batch's tokens)."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def on_first_rank(action: Callable[[], None]) -> None:
+    """Runs `action` on the job's first rank while the others wait. Its error is raised on every rank."""
+    import torch.distributed as dist
+
+    error: list[Exception | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except Exception as problem:  # every rank must hear of it, or the others wait for ever
+            error[0] = problem
+    dist.broadcast_object_list(error, src=0)
+    if error[0] is not None:
+        raise error[0]
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raises the error of the lowest rank that has one on every rank, so that none is left waiting in a collective."""
+    import torch.distributed as dist
+
+    errors: list[Exception | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for problem in errors:
+        if problem is not None:
+            raise problem

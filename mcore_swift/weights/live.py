@@ -1,0 +1,225 @@
+"""The weights of a running model: each rank reads its own shards from a Hugging Face folder, all ranks write one.
+
+Everything speaks of Megatron's global tensors: `local_shards` asks the model which part of which global tensor this rank
+holds, the rules say which Hugging Face tensors those rows are made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from mcore_swift import parallel
+from mcore_swift.errors import InputError, nearest
+from mcore_swift.weights import safetensors_io as io
+from mcore_swift.weights.rules import TensorRule
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+# One key a layer; layers are not stacked, so that uneven pipelines have the same keys.
+SHARDING = {"non_homogeneous_layers": True}
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers that old Hugging Face folders carry
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's part of one global tensor: `data` is a view whose first element sits at `offset`."""
+
+    key: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    data: torch.Tensor
+    main: bool  # False: the same part is held elsewhere too (tied embedding of the last stage)
+
+
+def local_shards(
+    chunks: Sequence[Module], *, value: Callable[[torch.Tensor], torch.Tensor] = lambda parameter: parameter.data
+) -> list[Shard]:
+    """This rank's shards of the global tensors, in model order.
+
+    `value` gives the tensor that stands for a parameter, of the parameter's shape: its data, or its gradient.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    shards = []
+    for chunk in chunks:
+        for item in chunk.sharded_state_dict(metadata=SHARDING).values():  # type: ignore[operator]
+            if not isinstance(item, ShardedTensor | ShardedTensorFactory):
+                continue  # Transformer Engine's extra state
+            item = replace(item, data=value(item.data))
+            parts = nested_values(item.build()) if isinstance(item, ShardedTensorFactory) else [item]
+            shards += [_shard(part) for part in parts]
+    return shards
+
+
+def _shard(item: Any) -> Shard:
+    replica = item.replica_id if isinstance(item.replica_id, tuple) else (item.replica_id,)
+    return Shard(item.key, tuple(item.global_shape), tuple(item.global_offset), item.data, main=replica[0] == 0)
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def check_coverage(rules: Mapping[str, TensorRule], folder: io.SafetensorsFolder, *, tied: bool) -> None:
+    """Every tensor that the rules need is there, in the right shape, and nothing else is. Reads only headers.
+
+    Raises InputError that lists every tensor that is missing, unexpected or mis-shaped (up to ten of each).
+    """
+    wanted = {name: (rule, part) for rule in rules.values() for part, name in enumerate(rule.hf)}
+    ignored = {"lm_head.weight"} if tied else set()
+    missing = [name for name in wanted if name not in folder.entries]
+    extra = [n for n in folder.entries if n not in wanted and n not in ignored and not n.endswith(IGNORED_SUFFIXES)]
+    shapes = []
+    for name, (rule, part) in wanted.items():
+        entry = folder.entries.get(name)
+        if entry is not None and rule.rows and entry.shape[:1] != (rule.rows[part],):
+            shapes.append(f"{name} has {entry.shape[0]} rows, the config says {rule.rows[part]}")
+        if entry is not None and entry.dtype not in DTYPES:
+            shapes.append(f"{name} is {entry.dtype}; allowed: {', '.join(DTYPES)}")
+    problems = [("missing", missing), ("unexpected", extra), ("wrong", shapes)]
+    found = [f"{len(names)} {word}: {'; '.join(names[:10])}{' …' if len(names) > 10 else ''}" for word, names in problems if names]
+    if found:
+        hint = nearest(missing[0], extra) if missing and extra else ""
+        raise InputError(f"{folder.folder}: the tensors do not fit the config: {' | '.join(found)}{hint}")
+
+
+def load(chunks: Sequence[Module], rules: Mapping[str, TensorRule], folder: io.SafetensorsFolder, *, tied: bool) -> None:
+    """Fills the model from a Hugging Face folder; this rank reads the byte ranges of its own shards only.
+
+    Rows that pad the vocabulary become 0. Raises InputError for tensors that are missing, extra, mis-shaped or not finite.
+    """
+    check_coverage(rules, folder, tied=tied)
+    with torch.no_grad():
+        for shard in local_shards(chunks):
+            _load_shard(shard, rules[shard.key], folder)
+
+
+def _load_shard(shard: Shard, rule: TensorRule, folder: io.SafetensorsFolder) -> None:
+    shapes = [folder.entries[name].shape for name in rule.hf]
+    rows = sum(shape[0] for shape in shapes)
+    if shapes[0][1:] != shard.global_shape[1:] or (rows != shard.global_shape[0] and not rule.vocabulary):
+        raise InputError(f"{folder.folder}: {' + '.join(rule.hf)}: shape {shapes} where the config needs {shard.global_shape}")
+    start = min(shard.offset[0], rows)
+    stop = min(shard.offset[0] + shard.data.size(0), rows)
+    inner = tuple(slice(o, o + n) for o, n in zip(shard.offset[1:], shard.data.shape[1:], strict=True))
+    shard.data[stop - start :] = 0
+    segments: dict[int, list[tuple[int, int, int]]] = {}
+    for part, first, last, target in rule.segments(start, stop, tuple(shape[0] for shape in shapes)):
+        segments.setdefault(part, []).append((first, last, target))
+    for part, pieces in segments.items():
+        low, high = min(p[0] for p in pieces), max(p[1] for p in pieces)  # contiguous: whole groups of one part
+        block = folder.read(rule.hf[part], slice(low, high), *inner)
+        if not bool(torch.isfinite(block).all()):
+            raise InputError(f"{folder.folder}: tensor {rule.hf[part]} has NaN or infinite values")
+        for first, last, target in pieces:
+            shard.data[target : target + last - first] = block[first - low : last - low]
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def hf_specs(
+    rules: Mapping[str, TensorRule], shapes: Mapping[str, tuple[int, ...]], *, vocab_size: int, dtype: Callable[[str], str]
+) -> dict[str, io.TensorSpec]:
+    """Shape and dtype of every Hugging Face tensor of the model, from the global shapes of Megatron's."""
+    specs = {}
+    for key, rule in rules.items():
+        rows = rule.rows or ((vocab_size if rule.vocabulary else shapes[key][0]),)
+        for name, count in zip(rule.hf, rows, strict=True):
+            specs[name] = io.TensorSpec(dtype(name), (count, *shapes[key][1:]))
+    return specs
+
+
+def global_shapes(chunks: Sequence[Module]) -> dict[str, tuple[int, ...]]:
+    """Global shapes of all the model's tensors, gathered over the pipeline stages."""
+    mine = {shard.key: shard.global_shape for shard in local_shards(chunks)}
+    every: list[Any] = [None] * dist.get_world_size(parallel.pp_group())
+    dist.all_gather_object(every, mine, group=parallel.pp_group())
+    return {key: shape for part in every for key, shape in part.items()}
+
+
+def hf_tensors(
+    chunks: Sequence[Module],
+    rules: Mapping[str, TensorRule],
+    *,
+    vocab_size: int,
+    value: Callable[[torch.Tensor], torch.Tensor] = lambda parameter: parameter.data,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole tensors under their Hugging Face names, each yielded by one rank of the job, on the CPU.
+
+    A collective call over each TP group. A tensor is gathered to one rank of its stage; tensors go round the stage's TP and
+    DP ranks in turn, so that all of them share the work and no rank holds more than one tensor.
+    """
+    place = parallel.ranks()
+    group = parallel.tp_group()
+    tp_size = dist.get_world_size(group)
+    by_key: dict[str, list[Shard]] = {}
+    for shard in local_shards(chunks, value=value):
+        if shard.main:
+            by_key.setdefault(shard.key, []).append(shard)
+    for number, (key, shards) in enumerate(by_key.items()):
+        if number % place.dp_size != place.dp:
+            continue
+        owner = (number // place.dp_size) % tp_size
+        whole = _gather(shards, owner, group)
+        if whole is not None:
+            yield from _split(whole, rules[key], vocab_size)
+
+
+def _gather(shards: list[Shard], owner: int, group: dist.ProcessGroup) -> torch.Tensor | None:
+    """Puts a global tensor together on TP rank `owner`; None elsewhere."""
+    size, rank = dist.get_world_size(group), dist.get_rank(group)
+    shape = shards[0].global_shape
+    if shards[0].data.shape == shape:  # replicated, or TP 1
+        return shards[0].data.cpu() if rank == owner else None
+    offsets: list[Any] = [None] * size
+    dist.all_gather_object(offsets, [shard.offset for shard in shards], group=group)
+    whole = torch.empty(shape, dtype=shards[0].data.dtype) if rank == owner else None
+    for index, shard in enumerate(shards):
+        local = shard.data.contiguous()
+        parts = [torch.empty_like(local) for _ in range(size)] if rank == owner else None
+        dist.gather(local, parts, group=group, group_dst=owner)
+        for place, part in zip(offsets, parts or (), strict=False):
+            assert whole is not None
+            whole[tuple(slice(o, o + n) for o, n in zip(place[index], part.shape, strict=True))] = part.cpu()
+    return whole
+
+
+def _split(whole: torch.Tensor, rule: TensorRule, vocab_size: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """The inverse of the layout: one global tensor → its Hugging Face tensors."""
+    if not rule.rows:
+        yield rule.hf[0], whole[:vocab_size] if rule.vocabulary else whole
+        return
+    blocks = whole.reshape(rule.groups, -1, *whole.shape[1:]).split([rows // rule.groups for rows in rule.rows], dim=1)
+    for name, block in zip(rule.hf, blocks, strict=True):
+        yield name, block.reshape(-1, *whole.shape[1:])
+
+
+def save(
+    chunks: Sequence[Module],
+    rules: Mapping[str, TensorRule],
+    folder: Path,
+    *,
+    vocab_size: int,
+    dtype: Callable[[str], str],
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes the model's weights as safetensors into `folder` (existing, empty, shared by all ranks), all ranks together.
+
+    `dtype` gives each Hugging Face tensor's dtype in safetensors' naming. Raises OSError when the disk is full, on all ranks.
+    """
+    specs = hf_specs(rules, global_shapes(chunks), vocab_size=vocab_size, dtype=dtype)
+    plan = io.plan_output(specs, max_shard_bytes=max_shard_bytes)
+    parallel.on_first_rank(lambda: io.create_files(folder, plan))
+    for name, tensor in hf_tensors(chunks, rules, vocab_size=vocab_size):
+        io.write_tensor(folder, plan, name, tensor.to(DTYPES[specs[name].dtype]))
+    dist.barrier()

@@ -1,0 +1,141 @@
+"""Weight rules: how Megatron's global tensors and Hugging Face's tensors correspond, one row a tensor kind.
+
+A rule names a Megatron tensor by its place in the model ("mixer.linear_qkv.weight": the mixer half of a layer), the
+Hugging Face tensors that it is made of, and the layout that fuses them. `models.layers.GLOBAL_KEYS` turns places into
+Megatron's global keys; `expand` writes the rules out for every layer. Load, save, conversion and gradient comparison all
+use the same expanded rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How several Hugging Face tensors are fused along axis 0 into one global tensor.
+
+    `rows` gives each part's rows; the parts are cut into `groups` equal blocks and interleaved block by block:
+    q₀ k₀ v₀ q₁ k₁ v₁ … for QKV (one block a query group), gate up for the gated MLP (one block).
+    """
+
+    groups: Callable[[TransformerConfig], int]
+    rows: Callable[[TransformerConfig], tuple[int, ...]]
+
+
+def _qkv_rows(config: TransformerConfig) -> tuple[int, ...]:
+    head = config.kv_channels or 0
+    groups = config.num_query_groups or 0
+    return (config.num_attention_heads * head, groups * head, groups * head)
+
+
+QKV = Layout(groups=lambda config: config.num_query_groups or 1, rows=_qkv_rows)
+GATED = Layout(groups=lambda config: 1, rows=lambda config: (config.ffn_hidden_size or 0,) * 2)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One row: Megatron tensor ↔ Hugging Face tensor(s). `{i}` stands for the layer's number."""
+
+    mcore: str
+    hf: tuple[str, ...] | str
+    layout: Layout | None = None  # None: one tensor, as it is
+    when: Callable[[TransformerConfig], bool] = lambda config: True
+    vocabulary: bool = False  # axis 0 is the vocabulary, padded in Megatron
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """A rule written out for one tensor of one model."""
+
+    key: str
+    hf: tuple[str, ...]
+    groups: int
+    rows: tuple[int, ...]  # rows of each part; () for a single part of any length
+    vocabulary: bool
+
+    def segments(self, start: int, stop: int, part_rows: tuple[int, ...]) -> Iterator[tuple[int, int, int, int]]:
+        """Where rows [start, stop) of the global tensor come from.
+
+        Yields (part, first, last, target): rows [first, last) of part `part` are rows [target, target + last − first)
+        counted from `start`.
+        """
+        block = [rows // self.groups for rows in part_rows]
+        group_rows = sum(block)
+        for group in range(start // group_rows, -(-stop // group_rows)):
+            position = group * group_rows
+            for part, rows in enumerate(block):
+                low, high = max(position, start), min(position + rows, stop)
+                if low < high:
+                    first = group * rows + (low - position)
+                    yield part, first, first + high - low, low - start
+                position += rows
+
+
+def expand(
+    rules: tuple[Rule, ...], config: TransformerConfig, *, keys: Mapping[str, str], tied: bool
+) -> dict[str, TensorRule]:
+    """Writes the rules out for every layer: global key → TensorRule.
+
+    `keys` maps the first word of `Rule.mcore` to a global key prefix; a rule for the output layer is left out when the
+    embeddings are tied.
+    """
+    expanded: dict[str, TensorRule] = {}
+    for rule in rules:
+        place, _, rest = rule.mcore.partition(".")
+        if not rule.when(config) or (tied and place == "head"):
+            continue
+        template = f"{keys[place]}.{rest}"
+        names = (rule.hf,) if isinstance(rule.hf, str) else rule.hf
+        for i in range(config.num_layers if "{i}" in template else 1):
+            key = template.replace("{i}", str(i))
+            expanded[key] = TensorRule(
+                key=key,
+                hf=tuple(name.replace("{i}", str(i)) for name in names),
+                groups=rule.layout.groups(config) if rule.layout else 1,
+                rows=rule.layout.rows(config) if rule.layout else (),
+                vocabulary=rule.vocabulary,
+            )
+    return expanded
+
+
+# Rule groups that families share (Hugging Face's decoder naming). The two halves of a layer: mixer and ffn.
+EMBEDDINGS = (
+    Rule("embedding.weight", "model.embed_tokens.weight", vocabulary=True),
+    Rule("final_norm.weight", "model.norm.weight"),
+    Rule("head.weight", "lm_head.weight", vocabulary=True),
+)
+_SELF_ATTENTION = "model.layers.{i}.self_attn."
+_PROJECTIONS = tuple(f"{_SELF_ATTENTION}{name}_proj" for name in "qkv")
+ATTENTION = (
+    Rule("mixer.linear_qkv.layer_norm_weight", "model.layers.{i}.input_layernorm.weight"),
+    Rule("mixer.linear_qkv.weight", tuple(f"{name}.weight" for name in _PROJECTIONS), QKV),
+    Rule(
+        "mixer.linear_qkv.bias",
+        tuple(f"{name}.bias" for name in _PROJECTIONS),
+        QKV,
+        when=lambda config: config.add_qkv_bias or config.add_bias_linear,
+    ),
+    Rule("mixer.linear_proj.weight", f"{_SELF_ATTENTION}o_proj.weight"),
+    Rule("mixer.linear_proj.bias", f"{_SELF_ATTENTION}o_proj.bias", when=lambda config: config.add_bias_linear),
+    Rule("mixer.q_layernorm.weight", f"{_SELF_ATTENTION}q_norm.weight", when=lambda config: config.qk_layernorm),
+    Rule("mixer.k_layernorm.weight", f"{_SELF_ATTENTION}k_norm.weight", when=lambda config: config.qk_layernorm),
+)
+_GATE_UP = ("model.layers.{i}.mlp.gate_proj", "model.layers.{i}.mlp.up_proj")
+GATED_MLP = (
+    Rule("ffn.linear_fc1.layer_norm_weight", "model.layers.{i}.post_attention_layernorm.weight"),
+    Rule("ffn.linear_fc1.weight", tuple(f"{name}.weight" for name in _GATE_UP), GATED),
+    Rule(
+        "ffn.linear_fc1.bias",
+        tuple(f"{name}.bias" for name in _GATE_UP),
+        GATED,
+        when=lambda config: config.add_bias_linear,
+    ),
+    Rule("ffn.linear_fc2.weight", "model.layers.{i}.mlp.down_proj.weight"),
+    Rule("ffn.linear_fc2.bias", "model.layers.{i}.mlp.down_proj.bias", when=lambda config: config.add_bias_linear),
+)
