@@ -1,0 +1,125 @@
+"""FLOPs against the benchmark's formula and torch's own counter, and device names against the table of peaks."""
+
+from __future__ import annotations
+
+import pytest
+
+from mcore_swift.flops import DenseShape, attention_flops, matmul_flops_per_token, peak_flops, training_flops
+
+QWEN3_8B_OF_8_LAYERS = DenseShape(
+    num_layers=8,
+    hidden_size=4096,
+    ffn_hidden_size=12288,
+    num_attention_heads=32,
+    num_query_groups=8,
+    kv_channels=128,
+    vocab_size=151936,
+    gated=True,
+)
+
+
+def test_the_benchmark_formula():
+    tokens = 8 * 2 * 4096
+    flops = training_flops(QWEN3_8B_OF_8_LAYERS, tokens=tokens, sum_squared_lengths=16 * 4096**2)
+    # 6 · (8 · (4096·48·128 + 32·128·4096 + 3·4096·12288) + 151936·4096) + 6 · 8 · 32·128 · 4096, a token
+    assert flops == (6 * 2_165_833_728 + 805_306_368) * tokens == 904_417_033_322_496
+
+
+def test_documents_attend_to_themselves_only():
+    whole = attention_flops(QWEN3_8B_OF_8_LAYERS, sum_squared_lengths=4096**2)
+    packed = attention_flops(QWEN3_8B_OF_8_LAYERS, sum_squared_lengths=4 * 1024**2)
+    assert whole == 4 * packed
+
+
+def test_forward_is_a_third():
+    assert 3 * matmul_flops_per_token(QWEN3_8B_OF_8_LAYERS, backward=False) == matmul_flops_per_token(
+        QWEN3_8B_OF_8_LAYERS
+    )
+    assert 3 * attention_flops(QWEN3_8B_OF_8_LAYERS, sum_squared_lengths=64, backward=False) == attention_flops(
+        QWEN3_8B_OF_8_LAYERS, sum_squared_lengths=64
+    )
+
+
+@pytest.mark.parametrize(("family", "gated"), [("llama", True), ("gpt_neox", False)])
+def test_the_counter_of_torch_agrees(family: str, gated: bool):
+    """Linear layers exactly; attention exactly twice ours, since eager attention computes both halves of the scores."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    groups = {"num_key_value_heads": 2} if gated else {}
+    config = AutoConfig.for_model(
+        family,
+        num_hidden_layers=3,
+        hidden_size=64,
+        intermediate_size=112,
+        num_attention_heads=4,
+        vocab_size=80,
+        **groups,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    shape = DenseShape(
+        num_layers=3,
+        hidden_size=64,
+        ffn_hidden_size=112,
+        num_attention_heads=4,
+        num_query_groups=2 if gated else 4,
+        kv_channels=16,
+        vocab_size=80,
+        gated=gated,
+    )
+    rows, length = 2, 24
+    tokens = torch.randint(0, 80, (rows, length))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    counts = counter.get_flop_counts()
+    rotary = sum(sum(ops.values()) for module, ops in counts.items() if module.endswith("rotary_emb"))
+    total = counts["Global"]
+    linear = total.pop(torch.ops.aten.mm, 0) + total.pop(torch.ops.aten.addmm, 0)
+    assert linear == matmul_flops_per_token(shape) * rows * length
+    assert sum(total.values()) - rotary == 2 * attention_flops(shape, sum_squared_lengths=rows * length**2)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.5),
+        ("NVIDIA H100 80GB HBM3", "fp8", 1979.0),
+        ("NVIDIA H100 PCIe", "bf16", 756.5),
+        ("NVIDIA H100 NVL", "bf16", 835.5),
+        ("NVIDIA H200", "bf16", 989.5),
+        ("NVIDIA H20-3e", "fp8", 296.0),
+        ("NVIDIA H800", "bf16", 989.5),
+        ("NVIDIA GH200 480GB", "bf16", 989.5),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312.0),
+        ("A100-SXM4-40GB", "bf16", 312.0),
+        ("NVIDIA A100 80GB PCIe", "bf16", 312.0),
+        ("NVIDIA A100-PCIE-40GB", "bf16", 312.0),
+        ("NVIDIA A800-SXM4-80GB", "bf16", 312.0),
+        ("NVIDIA B200", "fp8", 4500.0),
+        ("NVIDIA GB200", "bf16", 2500.0),
+        ("NVIDIA B300 SXM6 AC", "bf16", 2250.0),
+        ("NVIDIA L40S", "bf16", 362.05),
+        ("NVIDIA GeForce RTX 4090", "fp8", 330.3),
+        ("NVIDIA RTX 6000 Ada Generation", "bf16", 364.2),
+    ],
+)
+def test_known_devices(name: str, dtype: str, tflops: float):
+    assert peak_flops(name, dtype) == tflops * 1e12
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "fp8"),  # has no FP8
+        ("NVIDIA H100 80GB HBM3", "fp32"),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16"),
+        ("NVIDIA GeForce RTX 4090 D", "bf16"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16"),
+        ("Tesla V100-SXM2-32GB", "bf16"),
+        ("cpu", "bf16"),
+        ("", "bf16"),
+    ],
+)
+def test_unknown_devices(name: str, dtype: str):
+    assert peak_flops(name, dtype) is None
