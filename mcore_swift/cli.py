@@ -1,0 +1,200 @@
+"""`mcore-swift VERB`: the command line that scripts depend on.
+
+A verb is one `_add_*` function for its options and one function that runs it; a verb imports what it needs when it
+runs, so that `mcore-swift --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from mcore_swift.errors import EXIT_INPUT, EXIT_TRY_AGAIN, InputError, StopRequested
+
+EXIT_INTERRUPTED = 128 + 2  # as a shell reports SIGINT
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code (see `errors`); other failures are left to Python's traceback."""
+    try:
+        return _run(sys.argv[1:] if argv is None else list(argv))
+    except InputError as error:
+        print(f"mcore-swift: error: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    except StopRequested as stop:
+        print(f"mcore-swift: stopped: {stop}", file=sys.stderr)
+        return EXIT_TRY_AGAIN
+    except KeyboardInterrupt:
+        print("mcore-swift: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _run(argv: list[str]) -> int:
+    words, overrides = _split_overrides(argv) if argv[:1] == ["train"] else (argv, [])
+    arguments = vars(build_parser().parse_args(words))
+    verb: Callable[..., int] = arguments.pop("run")
+    if overrides:
+        arguments["overrides"] = overrides
+    return verb(**arguments)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mcore-swift",
+        description="A Hugging Face folder goes in, Megatron-Core trains it at any layout, a Hugging Face folder "
+        "comes out.",
+        epilog="Exit codes: 0 done; 1 failed; 2 wrong input; 75 stopped on request, start it again.",
+        allow_abbrev=False,
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    _add_train(verbs.add_parser("train", help="train a model as a recipe says", allow_abbrev=False))
+    _add_generate(verbs.add_parser("generate", help="let a model answer a prompt", allow_abbrev=False))
+    data = verbs.add_parser("data", help="check or prepare training data", allow_abbrev=False)
+    data_verbs = data.add_subparsers(title="verbs", metavar="VERB", required=True)
+    _add_validate(data_verbs.add_parser("validate", help="report every bad row", allow_abbrev=False))
+    _add_prepare(data_verbs.add_parser("prepare", help="tokenize texts for pretraining", allow_abbrev=False))
+    return parser
+
+
+def _split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Takes `--section.key VALUE` and `--section.key=VALUE`, which argparse can't know, out of a verb's words."""
+    words: list[str] = []
+    overrides: list[str] = []
+    rest = iter(argv)
+    for word in rest:
+        if not re.match(r"--\w+\.", word):
+            words.append(word)
+            continue
+        overrides.append(word)
+        if "=" not in word:
+            overrides += [value for value in [next(rest, None)] if value is not None]
+    return words, overrides
+
+
+def _number(kind: type[int] | type[float], bound: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    """An argparse type whose error says what is allowed."""
+
+    def read(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")  # fails every bound
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"found {text!r}; it must be {bound}")
+        return value
+
+    return read
+
+
+_COUNT = _number(int, "a whole number, at least 1", lambda x: x >= 1)
+_SEED = _number(int, "a whole number, at least 0", lambda x: x >= 0)
+_TEMPERATURE = _number(float, "a number, at least 0", lambda x: 0 <= x < float("inf"))
+_FRACTION = _number(float, "a number greater than 0, at most 1", lambda x: 0 < x <= 1)
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s RECIPE [--section.key VALUE ...] [--print-recipe] [--help-recipe]"
+    parser.description = (
+        "Trains on this machine's ranks, or joins torchrun or srun. Any key of the recipe can be set on the command "
+        "line, such as --parallel.tp 2 or --data.train a.jsonl; values are YAML, and the last one of a key counts."
+    )
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, nargs="?", help="YAML file")
+    parser.add_argument("--print-recipe", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument("--help-recipe", action="store_true", help="print every key of a recipe and stop")
+    parser.set_defaults(run=_train)
+
+
+def _train(*, recipe: Path | None, print_recipe: bool, help_recipe: bool, overrides: Sequence[str] = ()) -> int:
+    from mcore_swift import recipe_io
+    from mcore_swift.recipe import check_recipe
+
+    if help_recipe:
+        print(recipe_io.recipe_help(), end="")
+        return 0
+    if recipe is None:
+        raise InputError("train needs a RECIPE, a YAML file; mcore-swift train --help-recipe prints what it may hold")
+    resolved = recipe_io.load_recipe(recipe, overrides)
+    check_recipe(resolved)
+    if print_recipe:
+        print(recipe_io.dump_recipe(resolved), end="")
+        return 0
+    recipe_io.check_files(resolved)
+    from mcore_swift.training.run import run
+
+    return run(resolved)
+
+
+def _add_generate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face folder or Megatron checkpoint")
+    parser.add_argument("--prompt", metavar="TEXT", required=True)
+    parser.add_argument("--max-new-tokens", metavar="N", type=_COUNT, default=128, help="default: %(default)s")
+    parser.add_argument("--temperature", metavar="T", type=_TEMPERATURE, default=0.0, help="0, the default: greedy")
+    parser.add_argument("--top-p", metavar="P", type=_FRACTION, default=1.0, help="default: %(default)s, all tokens")
+    parser.add_argument("--seed", metavar="S", type=_SEED, default=1234, help="of the sampling; default: %(default)s")
+    parser.add_argument("--raw", action="store_true", help="continue the text itself, without the chat template")
+    parser.add_argument("--tp", metavar="N", type=_COUNT, default=1, help="tensor parallel size")
+    parser.add_argument("--pp", metavar="N", type=_COUNT, default=1, help="pipeline stages")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: %(default)s")
+    parser.set_defaults(run=_generate)
+
+
+def _generate(**options: object) -> int:
+    from mcore_swift.training.generate import generate
+
+    return generate(**options)
+
+
+def _add_validate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", metavar="FILE", type=Path, nargs="+", help="JSONL, JSON or Parquet")
+    formats = ["auto", "messages", "prompt_response", "text"]
+    parser.add_argument("--format", choices=formats, default="auto", help="default: %(default)s")
+    parser.add_argument("--tokenizer", metavar="FOLDER", type=Path, help="check what only tokens show, such as length")
+    parser.add_argument("--sequence-length", metavar="N", type=_COUNT, help="the longest row; needs --tokenizer")
+    parser.set_defaults(run=_validate)
+
+
+def _validate(*, files: list[Path], format: str, tokenizer: Path | None, sequence_length: int | None) -> int:
+    if sequence_length is not None and tokenizer is None:
+        raise InputError("--sequence-length counts tokens: it needs --tokenizer FOLDER")
+    from mcore_swift.data.sources import find_files
+    from mcore_swift.data.tokenizer import load_tokenizer
+    from mcore_swift.data.validate import validate
+
+    found = find_files(files)
+    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
+    problems = validate(found, tokenizer=loaded, format=format, sequence_length=sequence_length)
+    for problem in problems:
+        print(problem)
+    bad_files = len({problem.file for problem in problems})
+    print(
+        f"{len(found)} files checked: " + (f"{len(problems)} problems in {bad_files} of them" if problems else "good")
+    )
+    return EXIT_INPUT if problems else 0
+
+
+def _add_prepare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", metavar="FILE", type=Path, nargs="+", help="JSONL, JSON or Parquet with texts")
+    parser.add_argument("--output", metavar="PREFIX", type=Path, required=True, help="writes PREFIX.bin and PREFIX.idx")
+    parser.add_argument("--tokenizer", metavar="FOLDER", type=Path, required=True)
+    parser.add_argument("--workers", metavar="N", type=_COUNT, default=1, help="default: %(default)s")
+    parser.add_argument("--no-eod", action="store_true", help="no end-of-document token after each text")
+    parser.set_defaults(run=_prepare)
+
+
+def _prepare(**options: object) -> int:
+    from mcore_swift.data.indexed import prepare
+
+    return prepare(**options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
