@@ -1,0 +1,56 @@
+"""The surface that scripts and recipes depend on: a verb, option or key that comes or goes is a decision made here."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from typing import get_type_hints
+
+from mcore_swift.cli import build_parser
+from mcore_swift.recipe import Recipe, SourceSection
+
+VERBS = {
+    "train": "RECIPE --print-recipe --help-recipe",
+    "generate": "MODEL --prompt --max-new-tokens --temperature --top-p --seed --raw --tp --pp --device",
+    "data validate": "FILE --format --tokenizer --sequence-length",
+    "data prepare": "FILE --output --tokenizer --workers --no-eod",
+}
+
+KEYS = {
+    "model": "path init overrides tokenizer",
+    "data": "train validation validation_split format packing sequence_length too_long shuffle streaming cache_dir "
+    "chat_template",
+    "parallel": "tp pp vpp cp ep etp dp sequence_parallel",
+    "objective": "name",
+    "optimizer": "name weight_decay beta1 beta2 eps clip_grad distributed",
+    "schedule": "steps epochs global_batch_size micro_batch_size learning_rate min_learning_rate warmup_steps decay "
+    "decay_steps eval_interval eval_batches",
+    "precision": "dtype fp8 fp8_format",
+    "checkpoint": "dir interval keep asynchronous optimizer resume export overwrite",
+    "logging": "interval tensorboard wandb_project wandb_name",
+    "runtime": "device ranks seed threads recompute recompute_modules recompute_layers overlap profile_steps",
+}
+
+
+def surface(parser: argparse.ArgumentParser, verb: str = "") -> dict[str, str]:
+    """Each verb's words, without -h."""
+    verbs: dict[str, str] = {}
+    words: list[str] = []
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, inner in action.choices.items():
+                verbs |= surface(inner, f"{verb} {name}".strip())
+        elif "--help" not in action.option_strings:
+            words += action.option_strings or [str(action.metavar)]
+    return verbs or {verb: " ".join(words)}
+
+
+def test_verbs_and_options() -> None:
+    assert surface(build_parser()) == VERBS
+
+
+def test_recipe_keys() -> None:
+    hints = get_type_hints(Recipe)
+    found = {section.name: [field.name for field in fields(hints[section.name])] for section in fields(Recipe)}
+    assert found == {section: keys.split() for section, keys in KEYS.items()}
+    assert [field.name for field in fields(SourceSection)] == ["path", "weight"]
