@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from mcore_swift.errors import InputError
 from mcore_swift.platform import Platform
@@ -145,20 +145,20 @@ def chunk_ends(chunk: int | None) -> tuple[bool, bool]:
 def tp_group() -> ProcessGroup:
     from megatron.core import parallel_state
 
-    return parallel_state.get_tensor_model_parallel_group()
+    return cast(Any, parallel_state.get_tensor_model_parallel_group())
 
 
 def pp_group() -> ProcessGroup:
     from megatron.core import parallel_state
 
-    return parallel_state.get_pipeline_model_parallel_group()
+    return cast(Any, parallel_state.get_pipeline_model_parallel_group())
 
 
 def dp_group() -> ProcessGroup:
     """Data parallel ranks, context parallel ones included (they share a batch's tokens)."""
     from megatron.core import parallel_state
 
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+    return cast(Any, parallel_state.get_data_parallel_group(with_context_parallel=True))
 
 
 def on_first_rank(action: Callable[[], None]) -> None:

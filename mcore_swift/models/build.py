@@ -78,15 +78,11 @@ def transformer_config(
     dtype: torch.dtype,
     extra: dict[str, object] | None = None,
 ) -> TransformerConfig:
-    """The TransformerConfig of this model at this layout. `extra` are further fields (precision, recomputation).
-
-    Raises InputError when the layout does not fit the model.
-    """
+    """The TransformerConfig of this model at this layout. `extra` are further fields (precision, recomputation)."""
     import torch
     from megatron.core.transformer import TransformerConfig
 
     fields = source.family.read_config(source.config)
-    _check_layout(fields, plan, source)
     fields |= {
         "tensor_model_parallel_size": plan.tp,
         "pipeline_model_parallel_size": plan.pp,
@@ -103,9 +99,15 @@ def transformer_config(
     return TransformerConfig(**(fields | platform.transformer_config() | (extra or {})))  # type: ignore[arg-type]
 
 
-def _check_layout(fields: dict[str, Any], plan: ParallelPlan, source: ModelSource) -> None:
+def check_layout(source: ModelSource, plan: ParallelPlan) -> None:
+    """Raises InputError when the layout does not fit the model. Needs neither Megatron nor a process group."""
+    fields: dict[str, Any] = source.family.read_config(source.config)
     heads, groups, layers = fields["num_attention_heads"], fields["num_query_groups"], fields["num_layers"]
-    for name, value in (("attention heads", heads), ("key-value heads", groups), ("ffn size", fields["ffn_hidden_size"])):
+    for name, value in (
+        ("attention heads", heads),
+        ("key-value heads", groups),
+        ("ffn size", fields["ffn_hidden_size"]),
+    ):
         if value % plan.tp:
             allowed = [n for n in range(1, heads + 1) if not (heads % n or groups % n or fields["ffn_hidden_size"] % n)]
             raise InputError(
@@ -113,7 +115,9 @@ def _check_layout(fields: dict[str, Any], plan: ParallelPlan, source: ModelSourc
                 f" allowed: {', '.join(map(str, allowed))}"
             )
     if plan.pp * plan.vpp > layers:
-        raise InputError(f"parallel.pp: pp {plan.pp} × vpp {plan.vpp} is more than the model's {layers} layers ({source.folder})")
+        raise InputError(
+            f"parallel.pp: pp {plan.pp} × vpp {plan.vpp} is more than the model's {layers} layers ({source.folder})"
+        )
     if layers % (plan.pp * plan.vpp):
         raise InputError(
             f"parallel.pp: pp {plan.pp} × vpp {plan.vpp} does not divide the model's {layers} layers ({source.folder});"

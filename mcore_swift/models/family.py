@@ -1,4 +1,4 @@
-"""What a model family is: a table. Config rows in both directions, weight rules, nothing executed from a model folder."""
+"""What a model family is: a table of config rows, in both directions, and of weight rules."""
 
 from __future__ import annotations
 
@@ -52,11 +52,17 @@ def only(hf: str, *allowed: object, default: object = None) -> ConfigRow:
 
 def _read_window(config: HFConfig) -> dict[str, object]:
     window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
+    kinds = (
+        getattr(config, "layer_types", None)
+        or ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
+    )
     if window is None or "sliding_attention" not in kinds:
         return {}
     # Hugging Face counts the token itself, Megatron and Transformer Engine only the tokens to its left.
-    return {"window_size": (window - 1, 0), "window_attn_skip_freq": [int(kind == "sliding_attention") for kind in kinds]}
+    return {
+        "window_size": (window - 1, 0),
+        "window_attn_skip_freq": [int(kind == "sliding_attention") for kind in kinds],
+    }
 
 
 def _write_window(config: TransformerConfig) -> dict[str, object]:

@@ -12,7 +12,10 @@ from typing import Any, cast
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
@@ -83,20 +86,20 @@ class TorchAttention(nn.Module):
         return out.transpose(0, 1).flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [b, heads, s, d], key and value [b, groups, s, d] → [b, heads, s, d]."""
-        length = query.size(2)
+        """query [b, heads, s, d], key and value [b, groups, t, d] → [b, heads, s, d]; the queries are the last s of t."""
+        queries, keys = query.size(2), key.size(2)
         mask = None
-        if self.window is not None and self.window < length - 1:
-            position = torch.arange(length)
-            distance = position[:, None] - position[None, :]
-            mask = (distance >= 0) & (distance <= self.window)
+        windowed = self.window is not None and self.window < keys - 1
+        if windowed or 1 < queries < keys:
+            distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)[None, :]
+            mask = (distance >= 0) & (distance <= (self.window if windowed else keys))  # type: ignore[operator]
         return nn.functional.scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None,
+            is_causal=mask is None and queries > 1,
             scale=self.scale,
             enable_gqa=query.size(1) != key.size(1),
         )
@@ -105,7 +108,7 @@ class TorchAttention(nn.Module):
 def decoder_spec(
     config: TransformerConfig, platform: Platform, *, chunk: int | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """The decoder's layers for this config on this platform. `chunk` numbers this rank's model chunks (None: only one)."""
+    """The decoder's layers for this config on this platform. `chunk`: the number of this rank's chunk, if several."""
     if platform.layers == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     spec = get_gpt_layer_local_spec(normalization="LayerNorm", qk_layernorm=config.qk_layernorm)
@@ -145,7 +148,7 @@ class DecoderModel(GPTModel):
         self.rotary_pos_emb.inv_freq = frequencies.to(self.rotary_pos_emb.inv_freq.device)
         for layer in self.decoder.layers:
             # Megatron derives this from YaRN-only config fields; transformers gives the number itself.
-            layer.self_attention._yarn_concentration_factor = factor
+            cast(Any, layer.self_attention)._yarn_concentration_factor = factor
 
     def mask_padding(self, logits: Tensor) -> Tensor:
         """Masks this rank's share of vocabulary padding. logits: [..., vocabulary / tp], changed in place."""

@@ -8,7 +8,9 @@ from mcore_swift.weights.rules import ATTENTION, EMBEDDINGS, GATED_MLP
 def _read_biases(config: HFConfig) -> dict[str, object]:
     attention, mlp = bool(getattr(config, "attention_bias", False)), bool(getattr(config, "mlp_bias", False))
     if attention != mlp:  # attention_bias puts one on o_proj too, which Megatron has only together with the MLP's
-        raise InputError(f"config.json: attention_bias {attention} with mlp_bias {mlp} is not supported; set both or neither")
+        raise InputError(
+            f"config.json: attention_bias {attention} with mlp_bias {mlp} is not supported; set both or neither"
+        )
     return {"add_bias_linear": attention}
 
 

@@ -23,7 +23,10 @@ def family_of(model_type: str, *, source: str) -> Family:
     """
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        raise InputError(f"{source}: model_type {model_type!r} is not a known family; known: {known}.{nearest(model_type, list(FAMILIES))}")
+        raise InputError(
+            f"{source}: model_type {model_type!r} is not a known family; known: {known}."
+            f"{nearest(model_type, list(FAMILIES))}"
+        )
     family = FAMILIES[model_type]
     for package, least in family.requires.items():
         have = importlib.metadata.version(package)

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 class Loss:
     """A micro-batch's loss, not yet divided.
 
-    `total` (float32 scalar) is the sum to minimize, `count` (int32 scalar) what it is divided by after summing both over
-    the global batch: so the number does not depend on the layout or on the micro-batch size. `metrics` are further sums
-    that are divided by `count` for display.
+    `total` (float32 scalar) is the sum to minimize, `count` (int32 scalar) what it is divided by, after both are summed
+    over the global batch: so the number depends neither on the layout nor on the micro-batch size. `metrics` are
+    further sums that are divided by `count` for display.
     """
 
     total: Tensor

@@ -27,6 +27,7 @@ class Platform:
     default_dtype: Literal["fp32", "bf16"]
     install: Callable[[], None]  # once a process, before megatron.core is imported
     set_device: Callable[[int], torch.device]  # local rank → its device
+    current_device: Callable[[], torch.device]
     device_count: Callable[[], int | None]  # None: as many ranks as asked for
     device_name: Callable[[], str]
     memory_gib: Callable[[], float]  # peak memory of this rank so far

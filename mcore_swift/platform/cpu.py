@@ -24,9 +24,23 @@ if TYPE_CHECKING:
     from mcore_swift.recipe import PrecisionSection
 
 # Factories that Megatron-Core calls with device="cuda" or torch.cuda.current_device().
-FACTORIES = (
-    "empty zeros ones full tensor as_tensor arange linspace rand randn randint empty_like zeros_like ones_like full_like"
-).split()
+FACTORIES = [
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "tensor",
+    "as_tensor",
+    "arange",
+    "linspace",
+    "rand",
+    "randn",
+    "randint",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+    "full_like",
+]
 
 
 class _NoEvent:
@@ -101,7 +115,10 @@ def _cuda_answers(torch: Any) -> dict[str, object]:
         "memory_allocated": lambda *args: 0,
         "max_memory_allocated": lambda *args: 0,
         "is_current_stream_capturing": lambda: False,
-        **{f"{kind}Tensor": getattr(torch, f"{kind}Tensor") for kind in ("Int", "Float", "Long", "Bool", "Byte", "BFloat16")},
+        **{
+            f"{kind}Tensor": getattr(torch, f"{kind}Tensor")
+            for kind in ("Int", "Float", "Long", "Bool", "Byte", "BFloat16")
+        },
     }
 
 
@@ -151,6 +168,10 @@ def set_device(local_rank: int) -> torch.device:
     return torch.device("cpu")
 
 
+def current_device() -> torch.device:
+    return set_device(0)
+
+
 def device_name() -> str:
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -166,7 +187,9 @@ def memory_gib() -> float:
 
 def check_precision(precision: PrecisionSection) -> None:
     if precision.fp8 is not None:
-        raise InputError(f"precision.fp8: {precision.fp8} needs an NVIDIA GPU with Transformer Engine; on the CPU leave it out")
+        raise InputError(
+            f"precision.fp8: {precision.fp8} needs an NVIDIA GPU with Transformer Engine; on the CPU leave it out"
+        )
 
 
 def transformer_config() -> dict[str, object]:
@@ -190,6 +213,7 @@ PLATFORM = Platform(
     default_dtype="fp32",
     install=install,
     set_device=set_device,
+    current_device=current_device,
     device_count=lambda: None,
     device_name=device_name,
     memory_gib=memory_gib,

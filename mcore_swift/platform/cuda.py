@@ -47,6 +47,12 @@ def set_device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def current_device() -> torch.device:
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def device_name() -> str:
     import torch
 
@@ -100,6 +106,7 @@ PLATFORM = Platform(
     default_dtype="bf16",
     install=install,
     set_device=set_device,
+    current_device=current_device,
     device_count=device_count,
     device_name=device_name,
     memory_gib=memory_gib,

@@ -57,13 +57,15 @@ def forward_step(
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
     """Megatron's forward step function: the model's output, and the function that turns it into a loss."""
     batch = next(batches)
-    output = model(
-        batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=packed_params(batch)
-    )
+    output = model(batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=packed_params(batch))
 
     def loss(negative_logps: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         result = objective(-negative_logps.float(), None, batch)
-        sums = {"loss": result.total.detach(), "count": result.count, **{k: v.detach() for k, v in result.metrics.items()}}
+        sums = {
+            "loss": result.total.detach(),
+            "count": result.count,
+            **{k: v.detach() for k, v in result.metrics.items()},
+        }
         return result.total, result.count, sums
 
     return output, loss
@@ -92,19 +94,22 @@ def summarize(sums: list[dict[str, Tensor]], batches: Sequence[MicroBatch], devi
     """Adds up over micro-batches and data parallel ranks; every rank of the job gets the result."""
     squared = sum(_sum_squared_lengths(batch) for batch in batches)
     positions = float(sum(batch.tokens.numel() for batch in batches))
-    names: list[Any] = [sorted(sums[0]) if sums else None]
-    if dist.get_world_size(parallel.pp_group()) > 1:
-        last = dist.get_world_size(parallel.pp_group()) - 1
-        dist.broadcast_object_list(names, group=parallel.pp_group(), group_src=last)
-    values = torch.zeros(len(names[0]) + 2, dtype=torch.float64, device=device)
+    group = parallel.pp_group()
+    last = dist.get_world_size(group) - 1
+    shared: list[Any] = [sorted(sums[0]) if sums else None]
+    if last > 0:
+        dist.broadcast_object_list(shared, group=group, group_src=last)
+    names: list[str] = shared[0]
+    values = torch.zeros(len(names) + 2, dtype=torch.float64, device=device)
     if sums:
-        totals = [torch.stack([part[name].double() for part in sums]).sum() for name in names[0]]
-        values[: len(totals)] = torch.stack(totals)
+        values[: len(names)] = torch.stack(
+            [torch.stack([part[name].double() for part in sums]).sum() for name in names]
+        )
         values[-2], values[-1] = positions, squared
         dist.all_reduce(values, group=parallel.dp_group())
-    if dist.get_world_size(parallel.pp_group()) > 1:
-        dist.broadcast(values, group=parallel.pp_group(), group_src=last)
-    found = dict(zip(names[0], values.tolist(), strict=False))
+    if last > 0:
+        dist.broadcast(values, group=group, group_src=last)
+    found = dict(zip(names, values.tolist(), strict=False))
     count = max(found.pop("count"), 1.0)
     loss = found.pop("loss") / count
     return StepResult(
@@ -123,7 +128,11 @@ def _sum_squared_lengths(batch: MicroBatch) -> float:
 
 
 def train_step(
-    models: Sequence[Any], optimizer: MegatronOptimizer, batches: Sequence[MicroBatch], objective: Objective, device: torch.device
+    models: Sequence[Any],
+    optimizer: MegatronOptimizer,
+    batches: Sequence[MicroBatch],
+    objective: Objective,
+    device: torch.device,
 ) -> StepResult:
     """Forward and backward over the micro-batches, then the optimizer."""
     for model in models:
@@ -137,7 +146,9 @@ def train_step(
 
 
 @torch.no_grad()
-def eval_step(models: Sequence[Any], batches: Sequence[MicroBatch], objective: Objective, device: torch.device) -> StepResult:
+def eval_step(
+    models: Sequence[Any], batches: Sequence[MicroBatch], objective: Objective, device: torch.device
+) -> StepResult:
     """The loss of these micro-batches; nothing is changed."""
     for model in models:
         model.eval()

@@ -1,7 +1,7 @@
 """The weights of a running model: each rank reads its own shards from a Hugging Face folder, all ranks write one.
 
-Everything speaks of Megatron's global tensors: `local_shards` asks the model which part of which global tensor this rank
-holds, the rules say which Hugging Face tensors those rows are made of.
+Everything speaks of Megatron's global tensors: `local_shards` asks the model which part of which global tensor this
+rank holds, the rules say which Hugging Face tensors those rows are made of.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def local_shards(
         for item in chunk.sharded_state_dict(metadata=SHARDING).values():  # type: ignore[operator]
             if not isinstance(item, ShardedTensor | ShardedTensorFactory):
                 continue  # Transformer Engine's extra state
+            assert item.data is not None
             item = replace(item, data=value(item.data))
             parts = nested_values(item.build()) if isinstance(item, ShardedTensorFactory) else [item]
             shards += [_shard(part) for part in parts]
@@ -86,16 +87,22 @@ def check_coverage(rules: Mapping[str, TensorRule], folder: io.SafetensorsFolder
         if entry is not None and entry.dtype not in DTYPES:
             shapes.append(f"{name} is {entry.dtype}; allowed: {', '.join(DTYPES)}")
     problems = [("missing", missing), ("unexpected", extra), ("wrong", shapes)]
-    found = [f"{len(names)} {word}: {'; '.join(names[:10])}{' …' if len(names) > 10 else ''}" for word, names in problems if names]
+    found = [
+        f"{len(names)} {word}: {'; '.join(names[:10])}{' …' if len(names) > 10 else ''}"
+        for word, names in problems
+        if names
+    ]
     if found:
         hint = nearest(missing[0], extra) if missing and extra else ""
         raise InputError(f"{folder.folder}: the tensors do not fit the config: {' | '.join(found)}{hint}")
 
 
-def load(chunks: Sequence[Module], rules: Mapping[str, TensorRule], folder: io.SafetensorsFolder, *, tied: bool) -> None:
+def load(
+    chunks: Sequence[Module], rules: Mapping[str, TensorRule], folder: io.SafetensorsFolder, *, tied: bool
+) -> None:
     """Fills the model from a Hugging Face folder; this rank reads the byte ranges of its own shards only.
 
-    Rows that pad the vocabulary become 0. Raises InputError for tensors that are missing, extra, mis-shaped or not finite.
+    Rows that pad the vocabulary become 0. Raises InputError for missing, extra, mis-shaped or non-finite tensors.
     """
     check_coverage(rules, folder, tied=tied)
     with torch.no_grad():
@@ -107,7 +114,9 @@ def _load_shard(shard: Shard, rule: TensorRule, folder: io.SafetensorsFolder) ->
     shapes = [folder.entries[name].shape for name in rule.hf]
     rows = sum(shape[0] for shape in shapes)
     if shapes[0][1:] != shard.global_shape[1:] or (rows != shard.global_shape[0] and not rule.vocabulary):
-        raise InputError(f"{folder.folder}: {' + '.join(rule.hf)}: shape {shapes} where the config needs {shard.global_shape}")
+        raise InputError(
+            f"{folder.folder}: {' + '.join(rule.hf)}: shape {shapes} where the config needs {shard.global_shape}"
+        )
     start = min(shard.offset[0], rows)
     stop = min(shard.offset[0] + shard.data.size(0), rows)
     inner = tuple(slice(o, o + n) for o, n in zip(shard.offset[1:], shard.data.shape[1:], strict=True))
@@ -128,7 +137,11 @@ def _load_shard(shard: Shard, rule: TensorRule, folder: io.SafetensorsFolder) ->
 
 
 def hf_specs(
-    rules: Mapping[str, TensorRule], shapes: Mapping[str, tuple[int, ...]], *, vocab_size: int, dtype: Callable[[str], str]
+    rules: Mapping[str, TensorRule],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    vocab_size: int,
+    dtype: Callable[[str], str],
 ) -> dict[str, io.TensorSpec]:
     """Shape and dtype of every Hugging Face tensor of the model, from the global shapes of Megatron's."""
     specs = {}
@@ -156,8 +169,8 @@ def hf_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Whole tensors under their Hugging Face names, each yielded by one rank of the job, on the CPU.
 
-    A collective call over each TP group. A tensor is gathered to one rank of its stage; tensors go round the stage's TP and
-    DP ranks in turn, so that all of them share the work and no rank holds more than one tensor.
+    A collective call over each TP group. A tensor is gathered to one rank of its stage; tensors go round the stage's TP
+    and DP ranks in turn, so that all of them share the work and no rank holds more than one tensor.
     """
     place = parallel.ranks()
     group = parallel.tp_group()
@@ -213,13 +226,18 @@ def save(
     dtype: Callable[[str], str],
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
-    """Writes the model's weights as safetensors into `folder` (existing, empty, shared by all ranks), all ranks together.
+    """Writes the model's weights as safetensors into `folder` (there, empty, shared by all ranks), all ranks together.
 
-    `dtype` gives each Hugging Face tensor's dtype in safetensors' naming. Raises OSError when the disk is full, on all ranks.
+    `dtype` gives each Hugging Face tensor's dtype in safetensors' naming. A full disk raises OSError on all ranks.
     """
     specs = hf_specs(rules, global_shapes(chunks), vocab_size=vocab_size, dtype=dtype)
     plan = io.plan_output(specs, max_shard_bytes=max_shard_bytes)
     parallel.on_first_rank(lambda: io.create_files(folder, plan))
+    error: OSError | None = None
     for name, tensor in hf_tensors(chunks, rules, vocab_size=vocab_size):
-        io.write_tensor(folder, plan, name, tensor.to(DTYPES[specs[name].dtype]))
-    dist.barrier()
+        try:
+            if error is None:
+                io.write_tensor(folder, plan, name, tensor.to(DTYPES[specs[name].dtype]))
+        except OSError as problem:  # the others are waiting in the next gather: go on, and raise together
+            error = problem
+    parallel.raise_together(error)

@@ -2,8 +2,8 @@
 
 A rule names a Megatron tensor by its place in the model ("mixer.linear_qkv.weight": the mixer half of a layer), the
 Hugging Face tensors that it is made of, and the layout that fuses them. `models.layers.GLOBAL_KEYS` turns places into
-Megatron's global keys; `expand` writes the rules out for every layer. Load, save, conversion and gradient comparison all
-use the same expanded rules.
+Megatron's global keys; `expand` writes the rules out for every layer. Load, save, conversion and gradient comparison
+all use the same expanded rules.
 """
 
 from __future__ import annotations

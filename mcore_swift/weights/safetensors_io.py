@@ -1,7 +1,7 @@
 """Safetensors folders: checked headers, sliced reads, and files that many ranks write at once.
 
-Reading goes through the safetensors library. Writing is our own, because the library writes a file from one process: the
-header fixes every tensor's place beforehand, so that any rank can write any tensor at its offset, without talking.
+Reading goes through the safetensors library. Writing is our own, because the library writes a file from one process:
+the header fixes every tensor's place beforehand, so that any rank can write any tensor at its offset, without talking.
 Format: 8 bytes little-endian header length, JSON header, data (https://github.com/huggingface/safetensors#format).
 """
 
@@ -22,7 +22,19 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-ITEM_SIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1}
+ITEM_SIZE = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+}
 MAX_HEADER = 100 << 20
 
 
@@ -52,7 +64,9 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise InputError(f"{path}: not a safetensors file, or truncated: {error}") from None
     base = 8 + length
     entries = {
-        name: Entry(path, item["dtype"], tuple(item["shape"]), base + item["data_offsets"][0], base + item["data_offsets"][1])
+        name: Entry(
+            path, item["dtype"], tuple(item["shape"]), base + item["data_offsets"][0], base + item["data_offsets"][1]
+        )
         for name, item in header.items()
         if name != "__metadata__"
     }
@@ -89,13 +103,17 @@ class SafetensorsFolder:
                 raise InputError(f"{index}: tensor {name} is listed in {file}, but it is not there")
 
     def read(self, name: str, *slices: slice) -> torch.Tensor:
-        """Reads `name`, or the part of it that `slices` (one for each leading axis) select; only those bytes are read."""
+        """Reads `name`, or the part that `slices` (one for each leading axis) select; only those bytes are read."""
         from safetensors import safe_open
 
         entry = self.entries[name]
         if entry.file not in self._handles:
             self._handles[entry.file] = safe_open(entry.file, framework="pt")
-        tensor = self._handles[entry.file].get_slice(name)[slices or slice(None)] if entry.shape else self._handles[entry.file].get_tensor(name)
+        tensor = (
+            self._handles[entry.file].get_slice(name)[slices or slice(None)]
+            if entry.shape
+            else self._handles[entry.file].get_tensor(name)
+        )
         self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
 
@@ -160,7 +178,11 @@ def _header(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int], i
     # Larger items first keeps every tensor aligned to its item size, which the format's readers rely on.
     for name, spec in sorted(tensors.items(), key=lambda item: -ITEM_SIZE[item[1].dtype]):
         starts[name] = position
-        header[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, position + spec.nbytes]}
+        header[name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [position, position + spec.nbytes],
+        }
         position += spec.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -169,7 +191,7 @@ def _header(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int], i
 
 
 def create_files(folder: Path, plan: OutputPlan) -> None:
-    """Creates the plan's files at full size with their headers, and the index. One rank does this, before the others write."""
+    """Creates the plan's files at full size with their headers, and the index: one rank's work, before all write."""
     for name, header in plan.files.items():
         with (folder / name).open("wb") as file:
             # Claims the space now: a full disk is found before hours of writing, and not in the middle of a file.

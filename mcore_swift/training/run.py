@@ -1,0 +1,78 @@
+"""A training run from its recipe: everything that can be found wrong cheaply is found before any rank is started."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+from mcore_swift import rank_env
+from mcore_swift.errors import InputError
+from mcore_swift.models.build import ModelSource, check_layout, read_source
+from mcore_swift.parallel import ParallelPlan, resolve
+from mcore_swift.platform import Platform, select
+from mcore_swift.ranks import launch
+from mcore_swift.recipe import Recipe
+
+
+def run(recipe: Recipe) -> int:
+    """Starts the run's local ranks, or joins those that torchrun or srun started; returns the exit code."""
+    platform = select(recipe.runtime.device)
+    plan = plan_ranks(recipe, platform)
+    source = model_source(recipe)
+    check_layout(source, plan)
+
+    def rank() -> None:
+        from mcore_swift import parallel
+        from mcore_swift.training.trainer import Trainer
+
+        Trainer(recipe, source, plan, platform).run()
+        parallel.shutdown()
+
+    return launch(
+        rank, ranks=plan.world_size, preload=lambda: preload(platform), threads=threads(recipe, platform, plan)
+    )
+
+
+def plan_ranks(recipe: Recipe, platform: Platform) -> ParallelPlan:
+    """The layout: of the ranks that joined, or of those to be started here. Raises InputError when it does not fit."""
+    joined = rank_env.joined(os.environ)
+    devices = platform.device_count()
+    if joined is not None:
+        return resolve(recipe.parallel, world_size=int(joined["WORLD_SIZE"]))
+    wanted = recipe.runtime.ranks
+    if wanted is None and devices is not None and recipe.parallel.dp is None:
+        wanted = devices
+    plan = resolve(recipe.parallel, world_size=wanted)
+    if devices is not None and plan.world_size > devices:
+        raise InputError(f"parallel: {plan} needs {plan.world_size} ranks, but {devices} GPUs are visible")
+    return plan
+
+
+def model_source(recipe: Recipe) -> ModelSource:
+    """The model's configuration, from a Hugging Face folder or from a Megatron checkpoint that carries one."""
+    from mcore_swift.training.checkpoint import checkpoint_source, is_checkpoint
+
+    path = Path(recipe.model.path)
+    folder = checkpoint_source(path) if is_checkpoint(path) else path
+    return read_source(folder, overrides=recipe.model.overrides)
+
+
+def threads(recipe: Recipe, platform: Platform, plan: ParallelPlan) -> int:
+    """CPU threads of a rank: the recipe's, else an equal share of the cores."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", plan.world_size))
+    return recipe.runtime.threads or max(1, (os.cpu_count() or 1) // ranks_here)
+
+
+def preload(platform: Platform) -> None:
+    """Imports what every rank needs, once, before the ranks are forked; keeps the libraries' chatter down."""
+    import logging
+
+    for name in ("megatron", "torch.utils.cpp_extension", "torch.distributed", "DotProductAttention"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    warnings.filterwarnings("ignore", module=r"torch\..*")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        platform.install()
+        import mcore_swift.training.trainer  # noqa: F401

@@ -1,0 +1,145 @@
+"""From a recipe to the objects that train: Megatron's config, the model with its weights, DDP, the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mcore_swift.flops import DenseShape
+from mcore_swift.models.build import ModelSource, build_chunks, tensor_rules, transformer_config
+from mcore_swift.parallel import ParallelPlan
+from mcore_swift.platform import Platform
+from mcore_swift.recipe import Recipe
+from mcore_swift.training import checkpoint
+from mcore_swift.training.optimizer import build_optimizer, wrap_chunks
+from mcore_swift.weights import live
+from mcore_swift.weights.hf_folder import dtype_of
+from mcore_swift.weights.rules import TensorRule
+from mcore_swift.weights.safetensors_io import Entry, SafetensorsFolder
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.transformer import TransformerConfig
+
+    from mcore_swift.models.layers import DecoderModel
+
+
+@dataclass(frozen=True)
+class TrainingModel:
+    """The model of a run on this rank: `chunks` are the bare models, `models` the same ones wrapped in DDP."""
+
+    source: ModelSource
+    config: TransformerConfig
+    rules: Mapping[str, TensorRule]
+    chunks: list[DecoderModel]
+    models: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    entries: Mapping[str, Entry] | None  # the source folder's tensors, when the weights came from one
+    num_parameters: int
+
+    @property
+    def shape(self) -> DenseShape:
+        """The sizes that FLOPs are counted from."""
+        config: Any = self.config
+        return DenseShape(
+            num_layers=config.num_layers,
+            hidden_size=config.hidden_size,
+            ffn_hidden_size=config.ffn_hidden_size,
+            num_attention_heads=config.num_attention_heads,
+            num_query_groups=config.num_query_groups,
+            kv_channels=config.kv_channels,
+            vocab_size=self.source.vocab_size,
+            gated=config.gated_linear_unit,
+        )
+
+    def export_dtype(self, name: str) -> str:
+        """The safetensors dtype that tensor `name` is exported in."""
+        return dtype_of(self.source, self.entries, "BF16" if self.config.bf16 else "F32")(name)
+
+    def sync_parameters(self) -> None:
+        """Completes an all-gather of updated parameters that would otherwise happen in the next forward pass."""
+        for model in self.models:
+            if model.ddp_config.overlap_param_gather:
+                model.start_param_sync(force_sync=True)
+
+
+def precision_fields(recipe: Recipe) -> dict[str, object]:
+    """TransformerConfig fields for FP8 (Transformer Engine recipes)."""
+    if recipe.precision.fp8 is None:
+        return {}
+    return {"fp8": recipe.precision.fp8_format, "fp8_recipe": recipe.precision.fp8}
+
+
+def recompute_fields(recipe: Recipe) -> dict[str, object]:
+    """TransformerConfig fields for activation recomputation."""
+    runtime = recipe.runtime
+    if runtime.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": runtime.recompute_modules}
+    if runtime.recompute == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": runtime.recompute_layers,
+        }
+    return {}
+
+
+def build(recipe: Recipe, source: ModelSource, plan: ParallelPlan, platform: Platform) -> TrainingModel:
+    """Builds the model with its weights, wraps it, and makes its optimizer. Collective over the job."""
+    import torch
+
+    name = platform.default_dtype if recipe.precision.dtype == "auto" else recipe.precision.dtype
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    overlap = platform.name == "cuda" if recipe.runtime.overlap is None else recipe.runtime.overlap
+    extra = {
+        **precision_fields(recipe),
+        **recompute_fields(recipe),
+        "variable_seq_lengths": plan.pp > 1 and not recipe.data.packing,  # rows are padded to each batch's longest
+        "overlap_p2p_comm": overlap and plan.vpp > 1,
+    }
+    if overlap and plan.vpp > 1:
+        extra["batch_p2p_comm"] = False
+    config = transformer_config(source, plan, platform, dtype=dtype, extra=extra)
+    chunks = build_chunks(source, config, plan, platform)
+    rules = tensor_rules(source, config)
+    entries = load_weights(recipe, source, chunks, rules)
+    num_parameters = _count(rules, chunks, source)
+    models = wrap_chunks(chunks, config, recipe, plan, overlap=overlap)
+    optimizer = build_optimizer(models, recipe, bf16=dtype == torch.bfloat16)
+    connect(config, models, optimizer)
+    return TrainingModel(source, config, rules, chunks, models, optimizer, entries, num_parameters)
+
+
+def load_weights(
+    recipe: Recipe, source: ModelSource, chunks: list[DecoderModel], rules: Mapping[str, TensorRule]
+) -> Mapping[str, Entry] | None:
+    """Loads the weights from where the recipe says; returns the Hugging Face folder's tensors if it was one."""
+    path = Path(recipe.model.path)
+    if recipe.model.init == "random":
+        return None
+    if checkpoint.is_checkpoint(path):
+        checkpoint.load_weights(path, models=chunks)
+        return {}
+    folder = SafetensorsFolder(path)
+    live.load(chunks, rules, folder, tied=source.tied)
+    return folder.entries
+
+
+def connect(config: TransformerConfig, models: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    """Tells Megatron's schedules how to scale the loss, and when gradients and parameters are exchanged."""
+    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+    if models[0].ddp_config.overlap_grad_reduce:
+        no_sync = [model.no_sync for model in models]
+        config.no_sync_func = no_sync if len(models) > 1 else no_sync[0]  # type: ignore[assignment]
+
+
+def _count(rules: Mapping[str, TensorRule], chunks: list[DecoderModel], source: ModelSource) -> int:
+    """Parameters of the whole model, vocabulary padding left out."""
+    specs = live.hf_specs(rules, live.global_shapes(chunks), vocab_size=source.vocab_size, dtype=lambda name: "U8")
+    return sum(spec.nbytes for spec in specs.values())

@@ -1,0 +1,304 @@
+"""The training loop: steps, evaluation, checkpoints, export; everything that it reports goes through callbacks."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mcore_swift import parallel
+from mcore_swift.data.loader import LoaderShape, build_loaders
+from mcore_swift.data.tokenizer import load_tokenizer
+from mcore_swift.errors import InputError, StopRequested
+from mcore_swift.flops import peak_flops, training_flops
+from mcore_swift.models.build import ModelSource
+from mcore_swift.objectives.registry import OBJECTIVES
+from mcore_swift.parallel import ParallelPlan
+from mcore_swift.platform import Platform
+from mcore_swift.recipe import Recipe
+from mcore_swift.recipe_io import dump_recipe
+from mcore_swift.training import setup
+from mcore_swift.training.callbacks import Callback, RunEnd, RunInfo, StepRecord, build_callbacks
+from mcore_swift.training.checkpoint import CheckpointManager, TrainState
+from mcore_swift.training.optimizer import set_learning_rate
+from mcore_swift.training.schedule import check_schedule, learning_rate
+from mcore_swift.training.step import StepResult, eval_step, train_step
+from mcore_swift.weights.hf_folder import export
+
+if TYPE_CHECKING:
+    import torch
+
+    from mcore_swift.data.loader import EvalLoader, TrainLoader
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+@dataclass
+class StopFlag:
+    """Set by a signal; the ranks agree on it at the next step's end."""
+
+    received: int = 0
+
+    def install(self) -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: object) -> None:
+        self.received = number
+
+    def agreed(self, device: torch.device) -> int:
+        """The signal that any rank of the job has received, 0 for none. Collective."""
+        import torch
+        import torch.distributed as dist
+
+        flag = torch.tensor(self.received, device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return int(flag.item())
+
+
+def make_run_dir(folder: Path) -> None:
+    """Creates the run's folder. Raises InputError when it can't be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"checkpoint.dir: {folder} can't be written: {error.strerror}") from error
+
+
+class Trainer:
+    """One run on this rank: builds everything, then `run` trains to the end, or to the agreed stop."""
+
+    def __init__(self, recipe: Recipe, source: ModelSource, plan: ParallelPlan, platform: Platform) -> None:
+        import torch.distributed as dist
+
+        self.recipe, self.source, self.plan, self.platform = recipe, source, plan, platform
+        self.started = time.monotonic()
+        self.stop = StopFlag()
+        self.stop.install()
+        parallel.initialize(plan, platform, seed=recipe.runtime.seed)
+        platform.check_precision(recipe.precision)
+        self.device = platform.current_device()
+        self.is_reporter = dist.get_rank() == 0
+        self.run_dir = Path(recipe.checkpoint.dir) if recipe.checkpoint.dir else None
+        if self.run_dir is not None:
+            parallel.on_first_rank(lambda: make_run_dir(Path(recipe.checkpoint.dir or "")))
+        self.callbacks: list[Callback] = build_callbacks(recipe, run_dir=self.run_dir) if self.is_reporter else []
+        self.train_loader, self.eval_loader = self._loaders()
+        self.total_steps = self._total_steps()
+        check_schedule(recipe.schedule, total_steps=self.total_steps)
+        self.model = setup.build(recipe, source, plan, platform)
+        self.objective = OBJECTIVES[recipe.objective.name]
+        self.checkpoints = self._checkpoints()
+        self.step = 0
+
+    def _loaders(self) -> tuple[TrainLoader, EvalLoader | None]:
+        recipe, place = self.recipe, parallel.ranks()
+        template = Path(recipe.data.chat_template) if recipe.data.chat_template else None
+        tokenizer = None
+        if recipe.data.format != "synthetic":
+            tokenizer = load_tokenizer(Path(recipe.model.tokenizer or self.source.folder), chat_template=template)
+        shape = LoaderShape(
+            global_batch_size=recipe.schedule.global_batch_size,
+            micro_batch_size=recipe.schedule.micro_batch_size,
+            sequence_length=recipe.data.sequence_length,
+            dp_rank=place.dp,
+            dp_size=place.dp_size,
+            pad_multiple=self.plan.tp * self.plan.cp,
+        )
+        return build_loaders(
+            recipe.data, shape=shape, tokenizer=tokenizer, seed=recipe.runtime.seed, vocab_size=self.source.vocab_size
+        )
+
+    def _total_steps(self) -> int:
+        schedule, samples = self.recipe.schedule, self.train_loader.samples_per_epoch
+        if schedule.steps is not None:
+            return schedule.steps
+        if samples is None:
+            raise InputError(
+                "schedule.epochs: the length of streamed data is not known beforehand; give schedule.steps"
+            )
+        return max(1, math.ceil((schedule.epochs or 0) * samples / schedule.global_batch_size))
+
+    def _checkpoints(self) -> CheckpointManager | None:
+        if self.run_dir is None:
+            return None
+        return CheckpointManager(
+            self.recipe.checkpoint,
+            run_dir=self.run_dir,
+            source=self.source,
+            recipe_text=dump_recipe(self.recipe),
+            plan=self.plan,
+        )
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Trains. Raises StopRequested after the checkpoint of a requested stop."""
+        self._resume()
+        outcome = "failed"
+        self._tell("on_start", self._info())
+        try:
+            self._loop()
+            outcome = "finished"
+        except StopRequested:
+            outcome = "stopped"
+            raise
+        finally:
+            hf = (
+                self.run_dir / "hf"
+                if self.run_dir and outcome == "finished" and self.recipe.checkpoint.export
+                else None
+            )
+            self._tell("on_end", self._end(outcome, hf))
+
+    def _resume(self) -> None:
+        if self.checkpoints is None or self.recipe.checkpoint.resume == "never":
+            return
+        newest = self.checkpoints.newest()
+        if newest is None:
+            return
+        state = self.checkpoints.load(newest, models=self.model.models, optimizer=self.model.optimizer)
+        self.train_loader.load_state_dict(state.loader)
+        self.step = state.step
+
+    def _loop(self) -> None:
+        recipe = self.recipe
+        saved = evaluated = self.step
+        while self.step < self.total_steps:
+            self._step()
+            if self.checkpoints and recipe.checkpoint.interval and self.step % recipe.checkpoint.interval == 0:
+                self._save()
+                saved = self.step
+            if recipe.schedule.eval_interval and self.step % recipe.schedule.eval_interval == 0:
+                self._evaluate()
+                evaluated = self.step
+            self._committed()
+            stop = self.stop.agreed(self.device)
+            if stop:
+                if saved != self.step:
+                    self._save()
+                self._finish_saves()
+                where = (
+                    f"; checkpoint saved after step {self.step}"
+                    if self.checkpoints
+                    else "; nothing is saved without checkpoint.dir"
+                )
+                raise StopRequested(f"{signal.Signals(stop).name} was received{where}")
+        if self.eval_loader is not None and evaluated != self.step:
+            self._evaluate()
+        if self.checkpoints and saved != self.step:
+            self._save()
+        self._finish_saves()
+        if self.run_dir and recipe.checkpoint.export:
+            self._export(self.run_dir / "hf")
+
+    def _step(self) -> None:
+        begin = time.perf_counter()
+        rate = learning_rate(self.step, schedule=self.recipe.schedule, total_steps=self.total_steps)
+        set_learning_rate(self.model.optimizer, rate, self.recipe.optimizer.weight_decay)
+        batches = self.train_loader.micro_batches(self.step)
+        result = train_step(self.model.models, self.model.optimizer, batches, self.objective, self.device)
+        self.step += 1
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            raise RuntimeError(
+                f"step {self.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite."
+                " The last checkpoint is from before this step; lower the learning rate or look at this step's data."
+            )
+        self._tell("on_step", self._record(result, rate, time.perf_counter() - begin))
+
+    def _evaluate(self) -> None:
+        if self.eval_loader is None:
+            return
+        total = tokens = 0.0
+        for number, batches in enumerate(self.eval_loader.batches()):
+            if number == self.recipe.schedule.eval_batches:
+                break
+            result = eval_step(self.model.models, batches, self.objective, self.device)
+            total += result.loss * result.loss_tokens
+            tokens += result.loss_tokens
+        if not tokens:
+            raise InputError("data.validation: not one token of the validation data counts for the loss")
+        self._tell("on_eval", self.step, {"eval_loss": total / tokens})
+
+    # --- saving -------------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self.checkpoints is None:
+            return
+        self.model.sync_parameters()
+        state = TrainState(
+            step=self.step,
+            loader=self.train_loader.state_dict(),
+            samples=self.step * self.recipe.schedule.global_batch_size,
+        )
+        self.checkpoints.save(state, models=self.model.models, optimizer=self.model.optimizer)
+
+    def _committed(self) -> None:
+        path = self.checkpoints.poll() if self.checkpoints else None
+        if path is not None:
+            self._tell("on_checkpoint", self.step, path)
+
+    def _finish_saves(self) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.finish()
+
+    def _export(self, folder: Path) -> None:
+        self.model.sync_parameters()
+        export(self.model.chunks, self.model.rules, self.source, folder, dtype=self.model.export_dtype)
+
+    # --- reporting ----------------------------------------------------------------------------------------------------
+
+    def _tell(self, hook: str, *values: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, hook)(*values)
+
+    def _record(self, result: StepResult, rate: float, seconds: float) -> StepRecord:
+        squares = round(result.sum_squared_lengths)
+        return StepRecord(
+            step=self.step,
+            loss=result.loss,
+            lr=rate,
+            grad_norm=result.grad_norm,
+            tokens=result.tokens,
+            loss_tokens=result.loss_tokens,
+            flops=float(training_flops(self.model.shape, tokens=result.tokens, sum_squared_lengths=squares)),
+            seconds=seconds,
+            world_size=self.plan.world_size,
+            memory_gib=self.platform.memory_gib(),
+            skipped=result.skipped,
+            extra=result.metrics,
+        )
+
+    def _info(self) -> RunInfo:
+        precision = "fp8" if self.recipe.precision.fp8 else "bf16" if self.model.config.bf16 else "fp32"
+        return RunInfo(
+            model_name=self.source.folder.resolve().name,
+            num_parameters=self.model.num_parameters,
+            layout=str(self.plan),
+            world_size=self.plan.world_size,
+            device_name=self.platform.device_name(),
+            device_unit="GPU" if self.platform.name == "cuda" else "rank",
+            peak_flops=peak_flops(self.platform.device_name(), precision),
+            total_steps=self.total_steps,
+            steps_done=self.step,
+            recipe_text=dump_recipe(self.recipe),
+            command=" ".join(["mcore-swift", *sys.argv[1:]]),
+            run_dir=self.run_dir,
+            data_counts=self.train_loader.report(),
+        )
+
+    def _end(self, outcome: Any, hf: Path | None) -> RunEnd:
+        newest = self.checkpoints.newest() if self.checkpoints else None
+        return RunEnd(
+            outcome=outcome,
+            steps_done=self.step,
+            seconds=time.monotonic() - self.started,
+            hf_dir=hf,
+            checkpoint=newest,
+        )
