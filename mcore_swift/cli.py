@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from mcore_swift.errors import EXIT_INPUT, EXIT_TRY_AGAIN, InputError, StopRequested
 
@@ -147,7 +147,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_generate)
 
 
-def _generate(**options: object) -> int:
+def _generate(**options: Any) -> int:
     from mcore_swift.training.generate import generate
 
     return generate(**options)
@@ -190,10 +190,18 @@ def _add_prepare(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_prepare)
 
 
-def _prepare(**options: object) -> int:
-    from mcore_swift.data.indexed import prepare
+def _prepare(*, files: list[Path], output: Path, tokenizer: Path, workers: int, no_eod: bool) -> int:
+    from mcore_swift.data.prepare import prepare
+    from mcore_swift.data.sources import find_files
+    from mcore_swift.data.tokenizer import load_tokenizer
 
-    return prepare(**options)
+    found = find_files(files)
+    counts = prepare(found, output, tokenizer=load_tokenizer(tokenizer), append_eod=not no_eod, workers=workers)
+    print(
+        f"{output}.bin and {output}.idx: {counts['documents']:,} documents, {counts['tokens']:,} tokens "
+        f"in {counts['seconds']:.1f} seconds"
+    )
+    return 0
 
 
 if __name__ == "__main__":

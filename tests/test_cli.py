@@ -180,6 +180,23 @@ def test_data_validate_tells_each_problem_and_their_number(tmp_path: Path, capsy
     assert "gone: no such data file or folder" in failure(capsys, "data", "validate", str(tmp_path / "gone"))
 
 
+def test_data_prepare_passes_its_options_on(
+    recipe: Path, stand_in: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+
+    def prepare(*where: object, **how: object) -> dict[str, float]:
+        seen.append((where, how))
+        return {"documents": 2, "tokens": 1234567, "seconds": 0.25}
+
+    stand_in("mcore_swift.data.prepare", "prepare", prepare)
+    stand_in("mcore_swift.data.tokenizer", "load_tokenizer", lambda folder: f"tokenizer of {folder}")
+    rows = recipe.parent / "rows.jsonl"
+    assert main(["data", "prepare", str(rows), "--output", "out/c", "--tokenizer", "t", "--no-eod"]) == 0
+    assert seen == [(([rows], Path("out/c")), {"tokenizer": "tokenizer of t", "append_eod": False, "workers": 1})]
+    assert capsys.readouterr().out == "out/c.bin and out/c.idx: 2 documents, 1,234,567 tokens in 0.2 seconds\n"
+
+
 def test_help_answers_in_half_a_second_without_importing_what_it_does_not_need() -> None:
     heavy = ["torch", "megatron", "transformers", "datasets", "numpy", "pydantic", "yaml", "mcore_swift.recipe"]
     code = f"import sys, mcore_swift.cli as c; c.build_parser(); print([m for m in {heavy} if m in sys.modules])"

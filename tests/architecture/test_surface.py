@@ -26,7 +26,7 @@ KEYS = {
     "schedule": "steps epochs global_batch_size micro_batch_size learning_rate min_learning_rate warmup_steps decay "
     "decay_steps eval_interval eval_batches",
     "precision": "dtype fp8 fp8_format",
-    "checkpoint": "dir interval keep asynchronous optimizer resume export overwrite",
+    "checkpoint": "dir interval final keep asynchronous optimizer resume export overwrite",
     "logging": "interval tensorboard wandb_project wandb_name",
     "runtime": "device ranks seed threads recompute recompute_modules recompute_layers overlap profile_steps",
 }
