@@ -119,6 +119,7 @@ class PrecisionSection(_Strict):
 class CheckpointSection(_Strict):
     dir: str | None = None  # the run's folder; None: nothing is saved
     interval: int = 0  # steps between checkpoints; 0: only the final one
+    final: bool = True  # a checkpoint after the last step
     keep: int = 2  # checkpoints kept; 0: all
     asynchronous: bool = True  # write while training goes on
     optimizer: bool = True  # save the optimizer's state (needed to resume)

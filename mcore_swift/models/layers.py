@@ -7,6 +7,7 @@ HybridModel: that change is this file's alone.
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor, nn
 
@@ -86,7 +88,7 @@ class TorchAttention(nn.Module):
         return out.transpose(0, 1).flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [b, heads, s, d], key and value [b, groups, t, d] → [b, heads, s, d]; the queries are the last s of t."""
+        """query [b, heads, s, d], key, value [b, groups, t, d] → [b, heads, s, d]; the queries are the last s of t."""
         queries, keys = query.size(2), key.size(2)
         mask = None
         windowed = self.window is not None and self.window < keys - 1
@@ -105,12 +107,26 @@ class TorchAttention(nn.Module):
         )
 
 
+class FusedWgradLayer(TransformerLayer):
+    """A layer whose linear layers add their weight gradients straight to the fp32 main gradients, inside the GEMM.
+
+    Transformer Engine does that by itself, but Megatron's own output layer, which shares the config, would then ask for
+    NVIDIA Apex: so only the layers get a config with the fusion on.
+    """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        fused = copy(config)
+        fused.gradient_accumulation_fusion = True
+        super().__init__(fused, *args, **kwargs)
+
+
 def decoder_spec(
     config: TransformerConfig, platform: Platform, *, chunk: int | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The decoder's layers for this config on this platform. `chunk`: the number of this rank's chunk, if several."""
     if platform.layers == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        return replace(spec, module=FusedWgradLayer)
     spec = get_gpt_layer_local_spec(normalization="LayerNorm", qk_layernorm=config.qk_layernorm)
     layer = cast(Any, spec.submodules)
     attention = layer.self_attention

@@ -42,6 +42,7 @@ def wrap_chunks(
 def build_optimizer(models: Sequence[DistributedDataParallel], recipe: Recipe, *, bf16: bool) -> MegatronOptimizer:
     """Megatron's optimizer (fp32 master weights under bf16). Biases and norms are not decayed."""
     import torch
+    import torch.distributed as dist
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     section = recipe.optimizer
@@ -59,7 +60,8 @@ def build_optimizer(models: Sequence[DistributedDataParallel], recipe: Recipe, *
         use_distributed_optimizer=section.distributed,
         overlap_param_gather=models[0].ddp_config.overlap_param_gather,
     )
-    return get_megatron_optimizer(config, list(models))  # type: ignore[arg-type]
+    gloo = dist.get_backend() == "gloo"  # on GPUs NCCL serves, and a thousand ranks save a set of groups
+    return get_megatron_optimizer(config, list(models), use_gloo_process_groups=gloo)  # type: ignore[arg-type]
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float, weight_decay: float) -> None:

@@ -192,7 +192,7 @@ class Trainer:
                 raise StopRequested(f"{signal.Signals(stop).name} was received{where}")
         if self.eval_loader is not None and evaluated != self.step:
             self._evaluate()
-        if self.checkpoints and saved != self.step:
+        if self.checkpoints and recipe.checkpoint.final and saved != self.step:
             self._save()
         self._finish_saves()
         if self.run_dir and recipe.checkpoint.export:

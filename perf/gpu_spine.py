@@ -1,0 +1,151 @@
+"""Reruns the GPU checks of the training path in one command, and writes what it measured as JSON and Markdown.
+
+    python -m perf.gpu_spine OUT [--speed] [--layouts] [--tokenizer FOLDER]
+
+--speed: Qwen3-8B's shape with 8 layers on one GPU, BF16 and FP8, beside plain GPTModel + Transformer Engine.
+--layouts: one set of weights, 20 steps at one GPU, TP2, PP2 and DP2 (two GPUs); FP8 against BF16 over 50 steps.
+Every run of ours is the command line that users type; the numbers are those of its metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RECIPES = Path(__file__).parent.parent / "launch" / "recipes"
+SPEED = RECIPES / "bench_qwen3_8b_8layers.yaml"
+PARITY = RECIPES / "gpu_parity.yaml"
+LAYOUTS = {"TP2": ["--parallel.tp", "2"], "PP2": ["--parallel.pp", "2"], "DP2": ["--parallel.dp", "2"]}
+ONE_GPU = ["--runtime.ranks", "1"]
+
+
+def train(recipe: Path, run: Path, *overrides: str) -> list[dict[str, Any]]:
+    """Runs `mcore-swift train`; returns its steps' metrics, [] when it failed (its output is then in RUN.log)."""
+    words = [sys.executable, "-m", "mcore_swift.cli", "train", str(recipe), "--checkpoint.dir", str(run), *overrides]
+    begin = time.time()
+    log = run.with_suffix(".log")
+    with log.open("w") as output:
+        code = subprocess.run(words, stdout=output, stderr=subprocess.STDOUT).returncode
+    tail = "\n".join(log.read_text().splitlines()[-25 if code else -1 :])
+    print(f"[{time.time() - begin:5.0f} s] {run.name}: exit code {code}\n{tail}", flush=True)
+    metrics = run / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() and not code else []
+    return [row for row in rows if "loss" in row]
+
+
+def median(rows: list[dict[str, Any]], key: str) -> float | None:
+    """The median over the steps after the first two."""
+    return statistics.median(row[key] for row in rows[2:]) if rows else None
+
+
+def speed(work: Path) -> list[dict[str, Any]]:
+    """Ours and plain Megatron-Core, in turn."""
+    rows = []
+    variants: list[tuple[str | None, Sequence[str]]] = [
+        (None, []),
+        (None, ["--data.packing", "true"]),
+        ("tensorwise", []),
+        ("delayed", []),
+        ("blockwise", []),
+    ]
+    for fp8, more in variants:
+        name = f"ours_{fp8 or 'bf16'}{'_packed' if more else ''}"
+        extra = ["--precision.fp8", fp8] if fp8 else []
+        never = ["--checkpoint.export", "false", "--checkpoint.resume", "never", "--checkpoint.optimizer", "false"]
+        steps = train(SPEED, work / name, *ONE_GPU, *extra, *more, *never, "--checkpoint.final", "false")
+        keys = ("tflops_per_gpu", "tokens_per_second_per_gpu", "memory_gib", "mfu")
+        rows.append({"run": name, **{key: median(steps, key) for key in keys}})
+        if not more:
+            rows.append({"run": f"plain_{fp8 or 'bf16'}", **plain(fp8)})
+    return rows
+
+
+def plain(fp8: str | None) -> dict[str, Any]:
+    script = str(Path(__file__).parent / "plain_mcore.py")
+    words = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--nproc_per_node=1", script]
+    done = subprocess.run(words + (["--fp8", fp8] if fp8 else []), capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("PLAIN ")]
+    if not lines:
+        print(done.stdout[-1500:], done.stderr[-3000:], flush=True)
+        return {}
+    return json.loads(lines[-1].removeprefix("PLAIN "))
+
+
+def layouts(work: Path, tokenizer: str) -> list[dict[str, Any]]:
+    """Losses at each layout from one set of weights, as the largest and mean difference from one GPU's."""
+    common = ["--model.tokenizer", tokenizer]
+    start = work / "start"
+    train(
+        PARITY, start, *common, *ONE_GPU, "--model.init", "random", "--schedule.steps", "3", "--schedule.learning_rate", "1e-9",
+        "--checkpoint.export", "true",
+    )  # fmt: skip
+    common += ["--model.path", str(start / "hf")]
+    reference = [row["loss"] for row in train(PARITY, work / "one", *common, *ONE_GPU)]
+    again = [row["loss"] for row in train(PARITY, work / "one_again", *common, *ONE_GPU, "--runtime.seed", "1234")]
+    rows = [compare("one GPU again", again, reference)]
+    for name, overrides in LAYOUTS.items():
+        found = [row["loss"] for row in train(PARITY, work / name, *common, "--runtime.ranks", "2", *overrides)]
+        rows.append(compare(name, found, reference))
+    long = ["--schedule.steps", "50"]
+    bf16 = [row["loss"] for row in train(PARITY, work / "bf16", *common, *ONE_GPU, *long)]
+    for fp8 in ("tensorwise", "delayed", "blockwise"):
+        found = [row["loss"] for row in train(PARITY, work / fp8, *common, *ONE_GPU, *long, "--precision.fp8", fp8)]
+        rows.append(compare(f"FP8 {fp8}, 50 steps", found, bf16))
+    return rows
+
+
+def compare(name: str, losses: list[float], reference: list[float]) -> dict[str, Any]:
+    if not losses or not reference:
+        return {"run": name, "failed": True}
+    relative = [abs(a - b) / b for a, b in zip(losses, reference, strict=True)]
+    return {
+        "run": name,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "reference_last_loss": reference[-1],
+        "largest_relative_difference": max(relative),
+        "last_relative_difference": relative[-1],
+        "losses": losses,
+    }
+
+
+def versions() -> dict[str, str]:
+    import importlib.metadata
+
+    import torch
+
+    names = ("torch", "megatron-core", "transformer-engine", "transformers")
+    found = {name: importlib.metadata.version(name) for name in names}
+    return found | {"gpu": torch.cuda.get_device_name(), "gpus": str(torch.cuda.device_count())}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--speed", action="store_true")
+    parser.add_argument("--layouts", action="store_true")
+    parser.add_argument("--tokenizer", help="a folder with a tokenizer, for --layouts")
+    parser.add_argument("--work", type=Path, default=Path("runs/gpu_spine"))
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    report: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "versions": versions(), "command": " ".join(sys.argv)}
+    for name, wanted in (("speed", options.speed), ("layouts", options.layouts)):
+        if wanted:
+            report[name] = speed(options.work) if name == "speed" else layouts(options.work, options.tokenizer)
+            (options.out / "gpu_spine.json").write_text(json.dumps(report, indent=1) + "\n")
+            print(json.dumps([{k: v for k, v in row.items() if k != "losses"} for row in report[name]], indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
