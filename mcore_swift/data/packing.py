@@ -14,7 +14,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray,
     """
     order = np.argsort(-lengths, kind="stable")
     values, firsts = np.unique(-lengths[order], return_index=True)  # ascending -length: descending length
-    ends = np.append(firsts[1:], len(order))
+    ends = np.append(firsts, len(order))[1:]
     packs_by_room: dict[int, list[int]] = {}
     rooms = 0  # bit r is set while some pack has room r: the lowest bit ≥ length is the best fit
     num_packs = 0

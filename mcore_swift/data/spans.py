@@ -64,7 +64,7 @@ def _from_marks(messages: list[Message], turns: list[int], render: Render, full:
     then these pieces and the contents in turn, which the walk below checks character by character.
     """
     none: list[Span | None] = [None] * len(turns)
-    if len(turns) < 2:
+    if not turns:
         return none
     marked, first = _with_marks(messages, turns), turns[0]
     opening = render(messages[:first], True).removeprefix(render(messages[:first], False))

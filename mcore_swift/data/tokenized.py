@@ -105,10 +105,12 @@ class Encoder:
 
     def _learned(self, ids: list[int], offsets: list[tuple[int, int]], rendered: Rendered) -> Encoded:
         tokens = np.array(ids, dtype=np.int32)
-        starts = np.array(offsets, dtype=np.int64).reshape(-1, 2)[:, 0]
-        # Inside a span when an odd number of span edges lie at or before the token's first character.
-        edges = np.array(rendered.spans, dtype=np.int64).ravel()
-        loss = (np.searchsorted(edges, starts, side="right") % 2).astype(np.uint8)
+        starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
+        spans = np.array(rendered.spans, dtype=np.int64).reshape(-1, 2)
+        # A token that shares a character with a span counts: more spans begin before its end than end before its start.
+        begun = np.searchsorted(spans[:, 0], ends, side="left")
+        done = np.searchsorted(spans[:, 1], starts, side="right")
+        loss = ((begun > done) & (ends > starts)).astype(np.uint8)
         if rendered.raw:
             eos = eos_id_of(self.tokenizer)
             if not len(tokens) or tokens[-1] != eos:

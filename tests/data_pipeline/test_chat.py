@@ -61,8 +61,8 @@ def learned(tokenizer: Any, messages: list[dict[str, Any]], **extra: Any) -> lis
         pytest.param(None, ["  Hello there <|im_end|>", "See you<|im_end|>"], id="chatml-default-system"),
         pytest.param(MARKED, ["  Hello there <|im_end|>", "See you<|im_end|>"], id="generation-marks"),
         pytest.param(THINKING, ["Hello there<|im_end|>", "<think>\n\n</think>\n\nSee you<|im_end|>"], id="thinking"),
-        pytest.param(NO_SPECIAL, ["   Hello there \n", " See you\n"], id="token-over-the-edge"),
-        pytest.param(COUNTING, ["   Hello there \n", " See you\n"], id="counting"),
+        pytest.param(NO_SPECIAL, ["  Hello there \n", " See you\n"], id="token-over-the-edge"),
+        pytest.param(COUNTING, ["  Hello there \n", " See you\n"], id="counting"),
     ],
 )
 def test_assistant_turns_and_their_end_tokens_are_learned(tokenizer: Any, template: str | None, expected: list[str]):
