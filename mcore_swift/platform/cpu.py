@@ -85,6 +85,10 @@ def install() -> None:
     torch.cuda.random.get_rng_state = torch.cuda.get_rng_state
     torch.cuda.random.set_rng_state = torch.cuda.set_rng_state
     torch.cuda.nvtx.range_push = torch.cuda.nvtx.range_pop = lambda *args, **kwargs: 0  # type: ignore[assignment]
+    # `with torch.device(...)` remembers the factories at its first use: it must see torch's own, or it has no effect
+    # afterwards (transformers builds on "meta" so, and would leave its rotary frequencies uninitialized).
+    with torch.device("meta"):
+        torch.empty(0)
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     _patch_tensor(torch)
