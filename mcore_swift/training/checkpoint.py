@@ -1,0 +1,427 @@
+"""Checkpoints of a run: written in the background, committed by one rename, resumed exactly.
+
+RUN/checkpoints/step-00000020/  a Megatron `torch_dist` checkpoint: model and optimizer in the global tensor space, plus
+    mcore_swift.json            what the run needs to go on: step, data position, layout, recipe, every file's size
+    hf/                         configuration and tokenizer, so that the folder stands alone
+    rng/00003.pt                random states of rank 3
+
+An attempt writes into RUN/checkpoints/.step-00000020.ATTEMPT. The first rank renames it when every rank has written and
+synced its part, so a kill at any moment leaves either the whole step or none. Attempts have names of their own: a rank
+of a dead attempt that is still running cannot write into another one's folder.
+
+Nothing heavy is imported here: the command line asks `is_checkpoint` before a platform is chosen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from mcore_swift import parallel
+from mcore_swift.errors import InputError
+from mcore_swift.models.build import ModelSource, read_source
+from mcore_swift.parallel import ParallelPlan
+from mcore_swift.recipe import CheckpointSection
+from mcore_swift.weights.hf_folder import copy_metadata
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+    from torch.nn import Module
+
+    from mcore_swift.weights.dist_checkpoint import PendingWrite
+
+MANIFEST = "mcore_swift.json"
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+# config.json keys that say nothing about the model's tensors or mathematics.
+COSMETIC = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path"}
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Where a run stands after `step` steps, next to its model and optimizer."""
+
+    step: int
+    loader: dict[str, object]  # TrainLoader.state_dict()
+    samples: int  # that have been trained on
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a Megatron checkpoint folder (complete or not)."""
+    return (path / "metadata.json").is_file() and (path / ".metadata").is_file()
+
+
+def checkpoint_source(path: Path) -> Path:
+    """The folder with config.json and tokenizer inside the checkpoint `path`."""
+    if not (path / "hf" / "config.json").is_file():
+        raise InputError(f"{path}: this Megatron checkpoint has no hf/config.json, so its model is not known")
+    return path / "hf"
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in RUN/checkpoints, the oldest first."""
+    try:
+        paths = list(folder.iterdir())
+    except OSError:
+        return []
+    found = [path for path in paths if STEP_FOLDER.fullmatch(path.name) and (path / MANIFEST).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def load_weights(path: Path, *, models: Sequence[Module]) -> None:
+    """Fills the models, wrapped or not, from the weights of a Megatron checkpoint, at any layout and in any dtype.
+
+    Raises InputError, on all ranks, when it is damaged or another model's; the latter before anything is loaded.
+    """
+    from mcore_swift.weights import dist_checkpoint
+
+    _manifest(path)
+
+    def work() -> None:
+        index = dist_checkpoint.read_index(path)
+        tensors = dist_checkpoint.model_items(models).tensors()
+        dist_checkpoint.check_fits(tensors, index, path, same_dtype=False)
+        dist_checkpoint.read(tensors, path, index)
+
+    _together(work)
+
+
+@dataclass
+class _Save:
+    """A save under way: the thread that writes this rank's part, and what it ran into."""
+
+    state: TrainState
+    folder: Path
+    write: PendingWrite
+    optimizer_step: int | None
+    thread: threading.Thread
+    error: Exception | None = None
+
+
+class CheckpointManager:
+    """The checkpoints of one run. Every method but `newest` is called by all ranks, in the same order."""
+
+    def __init__(
+        self, section: CheckpointSection, *, run_dir: Path, source: ModelSource, recipe_text: str, plan: ParallelPlan
+    ) -> None:
+        """Makes the folder and removes what dead attempts left in it.
+
+        Raises InputError when the folder can't be written, or holds another run's results that the recipe neither
+        resumes nor allows to replace.
+        """
+        self.section, self.source, self.recipe_text, self.plan = section, source, recipe_text, plan
+        self.run_dir, self.folder = run_dir, run_dir / "checkpoints"
+        self.seed = int(yaml.safe_load(recipe_text)["runtime"]["seed"])
+        self._sharing: Any = None  # what Megatron remembers of how data parallel ranks share the writing
+        self._pending: _Save | None = None
+        self._committed: Path | None = None  # by a synchronous save; `poll` tells of it
+        self._foreign = section.resume == "never"  # what is there belongs to another run
+        parallel.on_first_rank(self._open)
+
+    def _open(self) -> None:
+        old = complete_checkpoints(self.folder)
+        if self._foreign and not self.section.overwrite and (old or (self.run_dir / "hf").exists()):
+            found = f"checkpoint {old[-1].name}" if old else "the exported model hf"
+            raise InputError(
+                f"checkpoint.dir: {self.run_dir} holds another run's results ({found}), and checkpoint.resume is never;"
+                " choose another folder, or resume: auto to continue that run, or overwrite: true to replace it"
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.folder).close()
+        except OSError as error:
+            raise InputError(f"checkpoint.dir: {self.run_dir} can't be written: {error.strerror or error}") from None
+        self._remove_leftovers()
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint. Not a collective call."""
+        return next(reversed(complete_checkpoints(self.folder)), None)
+
+    # --- resuming -----------------------------------------------------------------------------------------------------
+
+    def load(self, path: Path, *, models: Sequence[Module], optimizer: MegatronOptimizer | None) -> TrainState:
+        """Fills models and optimizer in place and restores the random states; returns where the run stands.
+
+        At the layout it was saved at, the run goes on bit for bit. At another one every number is the same but the
+        random states, which belong to ranks, are made anew from (seed, step).
+        Raises InputError, on all ranks, for another model's checkpoint, one without optimizer, or a damaged one.
+        """
+        from mcore_swift.training import optimizer_state, rng
+        from mcore_swift.weights import dist_checkpoint
+
+        manifest = _manifest(path)
+        if optimizer is not None and manifest.get("optimizer_step") is None:
+            raise InputError(
+                f"{path}: it holds weights only (checkpoint.optimizer was false), so the run can't be resumed from it;"
+                " set checkpoint.resume: never and another checkpoint.dir, with this folder as model.path"
+            )
+
+        def work() -> None:
+            _check_config(path, self.source)
+            index = dist_checkpoint.read_index(path)
+            model = dist_checkpoint.model_items(models)
+            state = optimizer_state.optimizer_items(optimizer, model.parts) if optimizer is not None else []
+            dist_checkpoint.check_fits([*model.tensors(), *state], index, path, same_dtype=True)
+            objects = [item for item in model.objects if item[2].unique_key in index.state_dict_metadata]
+            wanted = [*model.tensors(), *state, *(item for _, _, item in objects)]
+            values = dist_checkpoint.read(wanted, path, index)
+            for chunk, name, item in objects:
+                chunk.load_state_dict({name: values[item.unique_key]}, strict=False)
+
+        _together(work)
+        if optimizer is not None:
+            optimizer_state.set_step(optimizer, manifest["optimizer_step"])
+        if manifest["plan"] == asdict(self.plan):
+            rng.set_states(_together(lambda: _read_rng(path)))
+        else:
+            rng.reseed(self.seed, manifest["step"])
+        return TrainState(step=manifest["step"], loader=manifest["loader"], samples=manifest["samples"])
+
+    # --- saving -------------------------------------------------------------------------------------------------------
+
+    def save(self, state: TrainState, *, models: Sequence[Module], optimizer: MegatronOptimizer) -> None:
+        """Starts to save, at a step's end. Training may go on at once: what is written is a copy.
+
+        A save that is still under way is waited for first. With checkpoint.asynchronous: false, it is committed when
+        this returns. Raises InputError, on all ranks, when the disk is full or the folder can't be written.
+        """
+        from mcore_swift.training import optimizer_state, rng
+        from mcore_swift.weights import dist_checkpoint
+
+        self.finish()
+        folder = self._begin(state.step)
+        model = dist_checkpoint.model_items(models)
+        items = model.everything()
+        if self.section.optimizer:
+            items += optimizer_state.optimizer_items(optimizer, model.parts)
+        self._sharing = self._sharing or dist_checkpoint.sharing()
+        write = dist_checkpoint.prepare(items, folder, self._sharing)
+        random_states = rng.get_states()
+
+        def work() -> None:
+            try:
+                self._write(write, random_states)
+            except Exception as error:  # told to all ranks, in a form that can be sent, by `poll`
+                save.error = _os_error(error) or RuntimeError(traceback.format_exc())
+
+        thread = threading.Thread(target=work, name="checkpoint", daemon=True)
+        step = optimizer_state.get_step(optimizer) if self.section.optimizer else None
+        save = self._pending = _Save(state, folder, write, step, thread)
+        thread.start()
+        if not self.section.asynchronous:
+            self._committed = self.finish()
+
+    def poll(self) -> Path | None:
+        """Commits the save under way if all ranks have written their parts; the path of a checkpoint just committed."""
+        if self._pending is None:
+            committed, self._committed = self._committed, None
+            return committed
+        return self._complete() if _all_ranks(not self._pending.thread.is_alive()) else None
+
+    def finish(self) -> Path | None:
+        """Waits for the save under way, if there is one, and commits it."""
+        if self._pending is None:
+            return None
+        self._pending.thread.join()
+        return self._complete()
+
+    def _begin(self, step: int) -> Path:
+        """Makes the attempt's folder; the same one on all ranks."""
+        import torch.distributed as dist
+
+        name: list[Any] = [f".step-{step:08d}.{secrets.token_hex(4)}"]
+        dist.broadcast_object_list(name, src=0)
+        folder = self.folder / name[0]
+
+        def make() -> None:
+            (folder / "rng").mkdir(parents=True)
+            (folder / "hf").mkdir()
+
+        with self._reporting(step, folder):
+            parallel.on_first_rank(make)
+        return folder
+
+    def _write(self, write: PendingWrite, random_states: dict[str, Any]) -> None:
+        """This rank's part, in the background."""
+        import torch
+        import torch.distributed as dist
+
+        rank = dist.get_rank()
+        write.write()
+        torch.save(random_states, write.folder / "rng" / f"{rank:05d}.pt")
+        _sync(write.folder / "rng" / f"{rank:05d}.pt")
+        if rank == 0:
+            copy_metadata(self.source, write.folder / "hf")
+            for path in (write.folder / "hf").iterdir():
+                _sync(path)
+
+    def _complete(self) -> Path:
+        """Turns the attempt into the checkpoint, on all ranks, or raises what any rank ran into, on all ranks."""
+        assert self._pending is not None
+        save, self._pending = self._pending, None
+        save.thread.join()
+        final = self.folder / f"step-{save.state.step:08d}"
+        with self._reporting(save.state.step, save.folder):
+            parallel.raise_together(save.error)
+            save.write.finish()
+            parallel.on_first_rank(lambda: self._commit(save, final))
+        self._foreign = False
+        return final
+
+    def _commit(self, save: _Save, final: Path) -> None:
+        files = [path for path in sorted(save.folder.rglob("*")) if path.is_file()]
+        manifest = {
+            "format": 1,
+            **asdict(save.state),
+            "optimizer_step": save.optimizer_step,
+            "plan": asdict(self.plan),
+            "recipe": self.recipe_text,
+            "versions": {name: version(name) for name in ("torch", "megatron-core")},
+            "files": {path.relative_to(save.folder).as_posix(): path.stat().st_size for path in files},
+        }
+        (save.folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        for name in ("metadata.json", MANIFEST, "rng", "hf", "."):
+            _sync(save.folder / name)
+        others = [path for path in complete_checkpoints(self.folder) if path != final]
+        if self._foreign:  # never to be resumed by this run, not even after a kill in the next line
+            for path in others:
+                self._hide(path)
+        if final.exists():  # of another run, or of an attempt that went on beside this one
+            self._hide(final)
+        os.rename(save.folder, final)
+        _sync(self.folder)
+        if self.section.keep and not self._foreign:
+            for path in others[: max(0, len(others) + 1 - self.section.keep)]:
+                self._hide(path)
+        self._remove_leftovers()
+
+    def _hide(self, path: Path) -> None:
+        """Takes a checkpoint's name away, so that a kill while it is deleted leaves nothing that looks complete."""
+        os.rename(path, self.folder / f".{path.name}.{secrets.token_hex(4)}")
+
+    def _remove_leftovers(self) -> None:
+        for path in self.folder.glob(".step-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _reporting(self, step: int, folder: Path) -> Any:
+        """Removes the attempt's folder when saving fails, and turns a full disk and the like into one clear message."""
+        try:
+            yield
+        except Exception as error:
+            with contextlib.suppress(Exception):
+                parallel.on_first_rank(lambda: shutil.rmtree(folder, ignore_errors=True))
+            newest = self.newest()
+            rest = f"the newest checkpoint is still {newest.name}" if newest else "there is no earlier one"
+            cause = _os_error(error)
+            if cause is not None:
+                raise InputError(
+                    f"checkpoint.dir: the checkpoint of step {step} could not be written to {self.folder}:"
+                    f" {cause.strerror or cause}; nothing of it was left, {rest}"
+                ) from error
+            raise RuntimeError(f"{self.folder}: the checkpoint of step {step} could not be written; {rest}") from error
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _sync(path: Path) -> None:
+    """Returns when the file's, or the folder's, content is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _all_ranks(value: bool) -> bool:
+    import torch
+    import torch.distributed as dist
+
+    flag = torch.tensor(int(value), device=torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag.item())
+
+
+def _together(work: Callable[[], Any]) -> Any:
+    """Runs `work`, which must not communicate, on all ranks; an InputError of one is raised on all."""
+    result, problem = None, None
+    try:
+        result = work()
+    except InputError as error:
+        problem = error
+    parallel.raise_together(problem)
+    return result
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    """The checkpoint's manifest, from the first rank, which looks whether all files are there in full. Collective."""
+    import torch.distributed as dist
+
+    manifest: list[Any] = [None]
+
+    def check() -> None:
+        manifest[0] = _check_files(path)
+
+    parallel.on_first_rank(check)
+    dist.broadcast_object_list(manifest, src=0)
+    return manifest[0]
+
+
+def _check_files(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all there in full; {} for one that another program wrote."""
+    if not (path / MANIFEST).is_file():
+        return {}
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        sizes = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path / MANIFEST}: damaged: {error}") from None
+    for name, size in sizes.items():
+        found = (path / name).stat().st_size if (path / name).is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes, {size} were written"
+            raise InputError(
+                f"{path}: this checkpoint is damaged: {name} {state}; remove the folder to go on from an earlier one"
+            )
+    return manifest
+
+
+def _check_config(path: Path, source: ModelSource) -> None:
+    theirs = read_source(checkpoint_source(path)).config.to_dict()
+    ours = source.config.to_dict()
+    for key in [*ours, *theirs]:
+        if key not in COSMETIC and ours.get(key) != theirs.get(key):
+            raise InputError(
+                f"{path}: a checkpoint of another model: {key} is {theirs.get(key)} there, {ours.get(key)} in"
+                f" {source.folder}; choose another checkpoint.dir, or the model that this run was started with"
+            )
+
+
+def _read_rng(path: Path) -> dict[str, Any]:
+    import pickle
+
+    import torch
+    import torch.distributed as dist
+
+    file = path / "rng" / f"{dist.get_rank():05d}.pt"
+    try:
+        return torch.load(file, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{file}: damaged: {error}") from None

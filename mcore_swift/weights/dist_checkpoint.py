@@ -1,0 +1,309 @@
+"""Megatron's `torch_dist` checkpoints, a layer below files and runs: snapshot, write in the background, read in place.
+
+The format is torch.distributed.checkpoint's plus Megatron's metadata.json; `megatron.core.dist_checkpointing.load`
+reads it. Megatron's asynchronous writer (deprecated there; a manager process and a fork a rank) is not used: a copy of
+the rank's own shards, written by a thread, is simpler, and dies with its rank.
+
+What is read may come from anywhere, so it is never unpickled freely: only the classes of the format itself are allowed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import pickle
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreLoadPlanner,
+    MCoreSavePlanner,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.state_dict_loader import load as load_in_place
+from torch.distributed.checkpoint.storage import WriteResult
+
+from mcore_swift import parallel
+from mcore_swift.errors import InputError, nearest
+from mcore_swift.weights.live import SHARDING
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.nn import Module
+
+Item = ShardedTensor | ShardedObject
+FORMAT = {"sharded_backend": "torch_dist", "sharded_backend_version": 1, "common_backend": "torch"}  # metadata.json
+
+
+@dataclass(frozen=True)
+class ModelItems:
+    """What a rank's model holds of the global tensors; the tensors are views of the parameters."""
+
+    parts: dict[int, list[ShardedTensor]]  # id of a parameter → its parts (a gated fc1 has two)
+    objects: list[tuple[Module, str, ShardedObject]]  # Transformer Engine's extra state: chunk, its key there, object
+
+    def tensors(self) -> list[ShardedTensor]:
+        return [part for parts in self.parts.values() for part in parts]
+
+    def everything(self) -> list[Item]:
+        return [*self.tensors(), *(item for _, _, item in self.objects)]
+
+
+def model_items(chunks: Sequence[Module]) -> ModelItems:
+    """This rank's shards of the model's global tensors. `chunks` may be wrapped in Megatron's DDP."""
+    parts: dict[int, list[ShardedTensor]] = {}
+    objects = []
+    for chunk in chunks:
+        chunk = getattr(chunk, "module", chunk)
+        for name, item in chunk.sharded_state_dict(metadata=SHARDING).items():  # type: ignore[operator]
+            if isinstance(item, ShardedObject):
+                objects.append((chunk, name, item))
+                continue
+            local = replace(item, data=item.data.detach())
+            built = nested_values(local.build()) if isinstance(local, ShardedTensorFactory) else [local]
+            parts[id(item.data)] = list(built)
+    return ModelItems(parts, objects)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PendingWrite:
+    """A snapshot of this rank's shards on its way to `folder`."""
+
+    folder: Path
+    writer: FileSystemWriter
+    planner: MCoreSavePlanner
+    plan: SavePlan
+    metadata: Metadata | None  # on the first rank
+    results: Sequence[WriteResult] = ()
+
+    def write(self) -> None:
+        """Writes and syncs this rank's file. No communication, nothing shared with training: made for a thread."""
+        self.results = self.writer.write_data(self.plan, self.planner).wait()
+
+    def finish(self) -> None:
+        """Writes the index, once every rank's `write` has returned. Collective; raises OSError on all ranks."""
+        gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(list(self.results), gathered, dst=0)
+
+        def write_index() -> None:
+            assert self.metadata is not None and gathered is not None
+            self.writer.finish(self.metadata, gathered)
+            (self.folder / "metadata.json").write_text(json.dumps(FORMAT))
+
+        parallel.on_first_rank(write_index)
+
+
+def sharing() -> FullyParallelSaveStrategyWrapper:
+    """Shares out what several data parallel ranks hold; decided at the first save and kept for the run's others."""
+    return FullyParallelSaveStrategyWrapper(None, parallel.dp_group(), do_cache_distribution=True)  # type: ignore[arg-type]
+
+
+def prepare(items: Iterable[Item], folder: Path, share: FullyParallelSaveStrategyWrapper) -> PendingWrite:
+    """Copies this rank's share of `items` to the CPU and plans where it goes. Collective.
+
+    Training may change the tensors as soon as this returns. `folder` must exist and hold no checkpoint.
+    """
+    wanted: dict[str, Item] = {str(number): item for number, item in enumerate(items)}
+    # Megatron's loader wants a place for what is not sharded; there is nothing here that is not.
+    wanted["common"] = ShardedObject("common_state", {}, (1,), (0,), replica_id=dist.get_rank())
+    if dist.get_world_size(parallel.dp_group()) > 1:
+        share.apply_saving_parallelization(wanted)
+    by_key: dict[str, list[Any]] = {}
+    for item in wanted.values():
+        if is_main_replica(item.replica_id):
+            by_key.setdefault(_storage_key(item), []).append(_snapshot(item))
+    state = mcore_to_pyt_state_dict(by_key, False)
+
+    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False)
+    first = dist.get_rank() == 0
+    writer = FileSystemWriter(folder, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
+    planner.set_up_planner(state, is_coordinator=first)
+    writer.set_up_storage_writer(first)
+    plan, metadata = _global_plan(planner.create_local_plan(), planner, writer)
+    return PendingWrite(folder, writer, planner, planner.finish_plan(plan), metadata)
+
+
+def _global_plan(
+    plan: SavePlan, planner: MCoreSavePlanner, writer: FileSystemWriter
+) -> tuple[SavePlan, Metadata | None]:
+    """Merges the ranks' plans on the first rank, which checks that they cover each tensor exactly once."""
+    first = dist.get_rank() == 0
+    plans: list[Any] | None = [None] * dist.get_world_size() if first else None
+    dist.gather_object(plan, plans, dst=0)
+    merged: list[Any] = [None]
+
+    def merge() -> None:
+        assert plans is not None
+        whole, metadata = planner.create_global_plan(plans)
+        merged[0] = writer.prepare_global_plan(whole), metadata
+
+    parallel.on_first_rank(merge)
+    mine: list[Any] = [None]
+    dist.scatter_object_list(mine, merged[0][0] if first else None, src=0)
+    return mine[0], merged[0][1] if first else None
+
+
+def _storage_key(item: Item) -> str:
+    return item.unique_key if isinstance(item, ShardedObject) else item.key
+
+
+def _snapshot(item: Item) -> Item:
+    """The item with its data copied; objects are serialized when the plan is made, which copies them too."""
+    if isinstance(item, ShardedObject):
+        return item
+    assert item.data is not None
+    data = item.data.detach()
+    return replace(item, data=data.clone().contiguous() if data.device.type == "cpu" else data.cpu())
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+# What a torch.distributed.checkpoint index is made of (torch 2.11); Megatron's own writer adds the ranks' plans.
+_ALLOWED = {
+    "torch": {"Size", "float32", "float64", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "int64", "bool"},
+    "torch.serialization": {"_get_layout"},
+    "torch._C": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    "pathlib": {"PosixPath", "PurePosixPath"},
+    "pathlib._local": {"PosixPath", "PurePosixPath"},
+    "collections": {"OrderedDict"},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
+        return super().find_class(module, name)
+
+
+class _Reader(FileSystemReader):
+    """torch's reader with an index that has been read already (and not by free unpickling)."""
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        super().__init__(folder)
+        self.metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self.metadata
+
+
+class _Planner(MCoreLoadPlanner):
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
+def read_index(folder: Path) -> Metadata:
+    """The checkpoint's index: every tensor's shape, dtype and place. Raises InputError when it can't be read."""
+    try:
+        with (folder / ".metadata").open("rb") as file:
+            metadata = _Unpickler(file).load()
+        assert isinstance(metadata.state_dict_metadata, Mapping) and metadata.storage_data is not None
+    except FileNotFoundError:
+        raise InputError(f"{folder}: not a Megatron checkpoint: it has no .metadata") from None
+    except (OSError, EOFError, AssertionError, AttributeError, pickle.UnpicklingError, ValueError) as error:
+        raise InputError(f"{folder}/.metadata: this checkpoint's index is damaged: {error}") from None
+    return metadata
+
+
+def check_fits(items: Iterable[ShardedTensor], index: Metadata, folder: Path, *, same_dtype: bool) -> None:
+    """Raises InputError naming the first of `items` that the checkpoint lacks or has in another shape (or dtype)."""
+    for item in items:
+        found = index.state_dict_metadata.get(item.key)
+        if not isinstance(found, TensorStorageMetadata):
+            hint = nearest(item.key, list(index.state_dict_metadata))
+            raise InputError(f"{folder}: a checkpoint of another model: it has no tensor {item.key}.{hint}")
+        # Vocabulary padding depends on the tensor parallel size, so these tensors may differ in their rows.
+        start = 1 if item.allow_shape_mismatch else 0
+        if tuple(found.size[start:]) != tuple(item.global_shape[start:]):
+            raise InputError(
+                f"{folder}: a checkpoint of another model: {item.key} has shape {list(found.size)},"
+                f" this model needs {list(item.global_shape)}"
+            )
+        if same_dtype and found.properties.dtype != item.dtype:
+            raise InputError(
+                f"{folder}: {item.key} was saved as {found.properties.dtype}, this run holds it as {item.dtype};"
+                " resuming needs the same precision.dtype"
+            )
+
+
+def read(items: Iterable[Item], folder: Path, index: Metadata) -> dict[str, Any]:
+    """Fills the tensors of `items` in place, each rank for itself; returns what the objects hold, by `unique_key`.
+
+    Rows of vocabulary padding that the checkpoint lacks become 0. Raises InputError when a file is damaged.
+    """
+    by_key: dict[str, list[Any]] = {}
+    for item in items:
+        by_key.setdefault(_storage_key(item), []).append(item)
+    tensors = [item for group in by_key.values() for item in group if isinstance(item, ShardedTensor)]
+    planner = _Planner(
+        shapes_validation_sharded_tensors=[item for item in tensors if not item.allow_shape_mismatch],
+        allow_shape_mismatch_sharded_tensors={item.key: item for item in tensors if item.allow_shape_mismatch},
+        flatten_state_dict=False,
+        flatten_sharded_tensors=False,
+    )
+    objects = {key: None for key, group in by_key.items() if isinstance(group[0], ShardedObject)}
+    state = mcore_to_pyt_state_dict(by_key, True)
+    try:
+        load_in_place(state, storage_reader=_Reader(folder, index), planner=planner, no_dist=True)
+    except Exception as error:  # torch wraps whatever goes wrong inside in a type of its own
+        raise InputError(f"{folder}: this checkpoint is damaged: {_innermost(error)}") from error
+    return {key: state[key][0] for key in objects}  # type: ignore[index]
+
+
+def _innermost(error: BaseException) -> str:
+    failures = getattr(error, "failures", None)
+    if failures:
+        error = next(iter(failures.values()))[0]
+    return f"{type(error).__name__}: {error}"
+
+
+# --- shards of flattened tensors --------------------------------------------------------------------------------------
+
+
+def boxes(shape: Sequence[int], start: int, stop: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Cuts elements [start, stop) of a row-major tensor into rectangles, in order: (offset, shape) of each.
+
+    A checkpoint holds rectangles; the distributed optimizer shards by element. A matrix gives at most three: the end of
+    a row, whole rows, the beginning of a row.
+    """
+    if start >= stop:
+        return []
+    if len(shape) == 1:
+        return [((start,), (stop - start,))]
+    inner = math.prod(shape[1:])
+    (first, begin), (last, end) = divmod(start, inner), divmod(stop, inner)
+    if first == last:
+        return [((first, *offset), (1, *size)) for offset, size in boxes(shape[1:], begin, end)]
+    found = []
+    if begin:
+        found += [((first, *offset), (1, *size)) for offset, size in boxes(shape[1:], begin, inner)]
+        first += 1
+    if first < last:
+        found.append(((first, *(0 for _ in shape[1:])), (last - first, *shape[1:])))
+    return found + [((last, *offset), (1, *size)) for offset, size in boxes(shape[1:], 0, end)]
