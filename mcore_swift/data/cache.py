@@ -14,7 +14,7 @@ from mcore_swift.errors import InputError
 
 
 def default_cache_dir(setting: str | None) -> Path:
-    return Path(setting or os.environ.get("MCORE_SWIFT_CACHE") or Path.home() / ".cache" / "mcore_swift")
+    return Path(setting or os.environ.get("MCORE_SWIFT_CACHE") or "~/.cache/mcore_swift").expanduser()
 
 
 @contextlib.contextmanager

@@ -46,9 +46,9 @@ class IndexedSamples:
     Megatron's plain GPT samples [b, s], where text runs on over document ends.
     """
 
-    def __init__(self, dataset: Any, *, shape: LoaderShape, packing: bool, vocab_size: int, pad_id: int) -> None:
+    def __init__(self, dataset: Any, *, shape: LoaderShape, packing: bool, vocab_size: int) -> None:
         self.dataset, self.shape, self.packing = dataset, shape, packing
-        self.vocab_size, self.pad_id = vocab_size, pad_id
+        self.vocab_size = vocab_size
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -113,9 +113,7 @@ def build_indexed(
     builder = _BlendBuilder(data, shape=shape, eod=eos_id_of(tokenizer), seed=seed)
 
     def samples(dataset: Any) -> IndexedSamples:
-        return IndexedSamples(
-            dataset, shape=shape, packing=data.packing, vocab_size=vocab_size, pad_id=eos_id_of(tokenizer)
-        )
+        return IndexedSamples(dataset, shape=shape, packing=data.packing, vocab_size=vocab_size)
 
     train_range = (0.0, 1.0 - data.validation_split)
     dataset = builder.build(data.train, train_range, training=True)
@@ -211,7 +209,8 @@ def _check_source(source: SourceSection) -> None:
 def _num_samples(prefix: str, documents: tuple[float, float], sequence_length: int) -> int:
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-    lengths = IndexedDataset(prefix).sequence_lengths
+    dataset = IndexedDataset(prefix)  # must outlive its arrays: it closes the mapped file under them
+    lengths = dataset.sequence_lengths
     first, last = (round(share * len(lengths)) for share in documents)
     return (int(lengths[first:last].sum(dtype=np.int64)) - 1) // sequence_length
 
@@ -222,5 +221,4 @@ def _content_key(prefix: Path) -> str:
     if not idx_path.is_file() or not bin_path.is_file():
         return ""
     with idx_path.open("rb") as index:
-        stat = bin_path.stat()
-        return hashlib.file_digest(index, "sha256").hexdigest() + f"-{stat.st_size}-{stat.st_mtime_ns}"
+        return hashlib.file_digest(index, "sha256").hexdigest() + f"-{bin_path.stat().st_size}"

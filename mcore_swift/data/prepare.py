@@ -43,9 +43,9 @@ def prepare(
     bin_path, idx_path = index_paths(prefix)
     if found := [path for path in (bin_path, idx_path) if path.exists()]:
         raise InputError(f"{found[0]}: exists already; remove it or choose another prefix")
+    temporary = [path.with_name(f"{path.name}.tmp{os.getpid()}") for path in (bin_path, idx_path)]
     try:
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        temporary = [path.with_name(f"{path.name}.tmp{os.getpid()}") for path in (bin_path, idx_path)]
         start, tokens, documents = time.perf_counter(), 0, 0
         dtype = DType.optimal_dtype(max(tokenizer.get_vocab().values()) + 1)
         builder = IndexedDatasetBuilder(str(temporary[0]), dtype=dtype)

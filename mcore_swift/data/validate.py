@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mcore_swift.data.chat import Rendered, RowError, read_messages
-from mcore_swift.data.sources import Layout, Problem, Row, UnreadableFile, find_layout, iter_lines, iter_rows
+from mcore_swift.data.sources import (
+    Layout,
+    Problem,
+    Row,
+    UnreadableFile,
+    find_files,
+    find_layout,
+    iter_lines,
+    iter_rows,
+)
 from mcore_swift.data.tokenized import BATCH_ROWS, Encoder, batched
 from mcore_swift.errors import InputError
 
@@ -28,15 +37,16 @@ def validate(
     format: str = "auto",
     sequence_length: int | None = None,
 ) -> list[Problem]:
-    """Every bad row of the files, in order.
+    """Every bad row of the files (a folder stands for its data files), in order.
 
     Without a tokenizer the rows' shape is checked; with one also that its chat template takes them and that some
-    token counts in the loss; with a sequence length also that they are no longer than it.
+    token counts in the loss; with a sequence length also that they are no longer than it. Raises InputError for a file
+    that isn't there or is of an unknown kind.
     """
     encoder = Encoder(tokenizer) if tokenizer is not None else None
     return [
         problem
-        for file in files
+        for file in find_files(files)
         for problem in _check_file(file, encoder=encoder, format=format, sequence_length=sequence_length)
     ]
 
