@@ -57,22 +57,32 @@ def read_header(path: Path) -> dict[str, Entry]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(MAX_HEADER, size - 8):
                 raise ValueError(f"its header would take {length} bytes, the file has {size}")
-            header: dict[str, Any] = json.loads(file.read(length))
+            entries = _entries(path, json.loads(file.read(length)), base=8 + length)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
-    except (ValueError, struct.error, UnicodeDecodeError) as error:
+    except (ValueError, struct.error) as error:
         raise InputError(f"{path}: not a safetensors file, or truncated: {error}") from None
-    base = 8 + length
-    entries = {
-        name: Entry(
-            path, item["dtype"], tuple(item["shape"]), base + item["data_offsets"][0], base + item["data_offsets"][1]
-        )
-        for name, item in header.items()
-        if name != "__metadata__"
-    }
-    end = max((entry.end for entry in entries.values()), default=base)
+    end = max((entry.end for entry in entries.values()), default=8 + length)
     if end > size:
         raise InputError(f"{path}: truncated: its header speaks of {end} bytes, the file has {size}")
+    return entries
+
+
+def _entries(path: Path, header: Any, *, base: int) -> dict[str, Entry]:
+    """The header's tensors; their offsets count from `base`. Raises ValueError when it is not a table of tensors."""
+    try:
+        entries = {
+            name: Entry(path, item["dtype"], tuple(item["shape"]), *(base + offset for offset in item["data_offsets"]))
+            for name, item in header.items()
+            if name != "__metadata__"
+        }
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError("its header is not a table of tensors") from None
+    for name, entry in entries.items():
+        if ITEM_SIZE.get(entry.dtype) and TensorSpec(entry.dtype, entry.shape).nbytes != entry.end - entry.start:
+            raise ValueError(
+                f"{name} is {entry.dtype} {list(entry.shape)}, but has {entry.end - entry.start} bytes in the file"
+            )
     return entries
 
 
@@ -88,7 +98,7 @@ class SafetensorsFolder:
         self._handles: dict[Path, Any] = {}
         index = folder / INDEX
         if index.is_file():
-            weight_map: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            weight_map = _weight_map(index)
             files = [folder / name for name in dict.fromkeys(weight_map.values())]
         elif (folder / SINGLE).is_file():
             weight_map, files = {}, [folder / SINGLE]
@@ -116,6 +126,15 @@ class SafetensorsFolder:
         )
         self.bytes_read += tensor.numel() * tensor.element_size()
         return tensor
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor → file name, from an index file. Raises InputError when it isn't one."""
+    try:
+        found = json.loads(index.read_text())["weight_map"]
+        return {str(name): str(file) for name, file in found.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f"{index}: not an index of safetensors files: it needs a table called weight_map") from None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,137 @@
+"""Layouts don't change the result: loss, every gradient, their norm, and the parameters after three steps.
+
+Float32. The global batch has documents of different lengths, a loss mask that is uneven over the ranks, and several
+micro-batches a rank; the families' models have tied embeddings and vocabularies that TP has to pad.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mcore_swift.recipe import OptimizerSection, ParallelSection, RuntimeSection
+from tests.distributed.rank_model import Trained, assert_close, recipe_for, train
+from tests.distributed.tiny_models import REPRESENTATIVES, tiny_folder
+
+LAYOUTS = {
+    "TP2": ParallelSection(tp=2, sequence_parallel=False),
+    "TP2+SP": ParallelSection(tp=2),
+    "PP2": ParallelSection(pp=2),
+    "PP2xVPP2": ParallelSection(pp=2, vpp=2),
+    "DP2": ParallelSection(dp=2),
+    "TP2xPP2": ParallelSection(tp=2, pp=2),
+    "TP2xPP2xDP2": ParallelSection(tp=2, pp=2, dp=2),
+}
+QUICK = {("qwen2-tied", "TP2+SP"), ("qwen2-tied", "PP2xVPP2"), ("qwen2-tied", "DP2"), ("qwen3", "TP2")}
+CASES = [
+    pytest.param(
+        variant, layout, marks=() if (variant, layout) in QUICK else pytest.mark.slow, id=f"{variant}-{layout}"
+    )
+    for variant in REPRESENTATIVES
+    for layout in LAYOUTS
+] + [pytest.param("llama-biases", layout, marks=pytest.mark.slow) for layout in ("TP2", "TP2+SP", "TP2xPP2xDP2")]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("models")
+    return lambda variant: tiny_folder(folder / variant, variant)
+
+
+@functools.cache
+def one_rank(folder: Path) -> Trained:
+    """What every layout is compared with."""
+    return train(recipe_for(folder))
+
+
+def assert_same_run(found: Trained, expected: Trained) -> None:
+    assert found.loss_tokens == expected.loss_tokens
+    assert found.losses == pytest.approx(expected.losses, rel=1e-6)
+    assert found.grad_norms == pytest.approx(expected.grad_norms, rel=1e-5)
+    assert_close(found.gradients, expected.gradients)
+    # 1e-4 a step moves a weight of 0.15 by 7e-4 of itself: a step in the wrong direction shows 70 times over.
+    assert_close(found.parameters, expected.parameters)
+
+
+@pytest.mark.parametrize(("variant", "layout"), CASES)
+def test_layout(models: Any, variant: str, layout: str) -> None:
+    folder = models(variant)
+    found = train(recipe_for(folder, LAYOUTS[layout]))
+    assert_same_run(found, one_rank(folder))
+    if LAYOUTS[layout].dp == 2:  # or the global normalization would not be tested
+        assert found.rank_tokens[0] > 4 * found.rank_tokens[1] > 0
+    assert min(found.grad_norms) > 1  # the recipe's clip_grad is 0.1: clipping was at work
+
+
+@pytest.mark.parametrize(
+    "variant", [REPRESENTATIVES[0], *(pytest.param(v, marks=pytest.mark.slow) for v in REPRESENTATIVES[1:])]
+)
+def test_packing_and_micro_batch_size(models: Any, variant: str) -> None:
+    folder = models(variant)
+    for changes in (
+        {"micro_batch_size": 1},
+        {"micro_batch_size": 4},
+        {"packing": False, "micro_batch_size": 1},
+        {"packing": False, "micro_batch_size": 4},
+    ):
+        assert_same_run(train(recipe_for(folder, **changes)), one_rank(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["TP2+SP", "PP2", "TP2xPP2xDP2"])
+def test_unpacked_rows_at_other_layouts(models: Any, layout: str) -> None:
+    folder = models("qwen2-tied")
+    assert_same_run(train(recipe_for(folder, LAYOUTS[layout], packing=False)), one_rank(folder))
+
+
+@pytest.mark.slow
+def test_tp3_with_three_key_value_heads(models: Any) -> None:
+    folder = models("llama-9-heads")
+    assert_same_run(train(recipe_for(folder, ParallelSection(tp=3))), one_rank(folder))
+
+
+@pytest.mark.parametrize("layout", [pytest.param("DP2"), pytest.param("TP2xPP2xDP2", marks=pytest.mark.slow)])
+def test_sgd_whose_steps_are_as_large_as_the_clipped_gradients(models: Any, layout: str) -> None:
+    folder = models("qwen3")  # Adam would hide a wrong scale of all gradients, SGD doesn't
+    sgd = {"optimizer": OptimizerSection(name="sgd", clip_grad=0.1, distributed=False), "learning_rate": 1e-2}
+    assert_same_run(train(recipe_for(folder, LAYOUTS[layout], **sgd)), train(recipe_for(folder, **sgd)))
+
+
+def test_optimizer_states_not_distributed(models: Any) -> None:
+    folder = models("qwen3")
+    plain = OptimizerSection(clip_grad=0.1, distributed=False)
+    assert_same_run(train(recipe_for(folder, LAYOUTS["DP2"], optimizer=plain)), one_rank(folder))
+
+
+RECOMPUTE = {
+    "full": RuntimeSection(device="cpu", recompute="full"),
+    "full-2-layers": RuntimeSection(device="cpu", recompute="full", recompute_layers=2),
+    "core-attention": RuntimeSection(device="cpu", recompute="selective"),
+    "mlp": RuntimeSection(device="cpu", recompute="selective", recompute_modules=["mlp"]),
+}
+
+
+@pytest.mark.parametrize("runtime", RECOMPUTE.values(), ids=RECOMPUTE)
+def test_recomputation_changes_no_bit(models: Any, runtime: RuntimeSection) -> None:
+    folder = models("qwen3")
+    assert_identical(train(recipe_for(folder, runtime=runtime)), one_rank(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", RECOMPUTE.values(), ids=RECOMPUTE)
+@pytest.mark.parametrize("layout", ["TP2+SP", "PP2xVPP2"])
+def test_recomputation_changes_no_bit_at_other_layouts(models: Any, layout: str, runtime: RuntimeSection) -> None:
+    recipe = recipe_for(models("qwen3"), LAYOUTS[layout])
+    assert_identical(train(replace(recipe, runtime=runtime)), train(recipe))
+
+
+def assert_identical(found: Trained, expected: Trained) -> None:
+    assert found.losses == expected.losses
+    assert found.gradients.keys() == expected.gradients.keys()
+    for name, gradient in expected.gradients.items():
+        assert torch.equal(found.gradients[name], gradient), name

@@ -1,0 +1,98 @@
+"""Tiny random transformers models of every family and variant, for parity and layout tests.
+
+Sizes are chosen so that no two that could be confused are equal. Weights are far from their usual initial values: with
+those, attention is nearly uniform and every norm 1, and a wrong permutation or rotary frequency hardly shows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+COMMON: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 112,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+    "attn_implementation": "eager",
+}
+
+
+def _rope(kind: str, **values: float) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1000.0, **values}}
+
+
+# name → (model_type, what differs from COMMON)
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-tied-odd-vocabulary": ("llama", {"tie_word_embeddings": True, "vocab_size": 101}),
+    "llama-rope-llama3": (
+        "llama",
+        {
+            "vocab_size": 101,
+            "tie_word_embeddings": True,
+            **_rope(
+                "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+            ),
+        },
+    ),
+    "llama-rope-linear": ("llama", _rope("linear", factor=4.0)),
+    "llama-rope-yarn": ("llama", _rope("yarn", factor=4.0, original_max_position_embeddings=16)),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "vocab_size": 101}),
+    "llama-9-heads": (
+        "llama",  # SmolLM2's proportions
+        {
+            "hidden_size": 72,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "tie_word_embeddings": True,
+            "vocab_size": 101,
+        },
+    ),
+    "mistral-head-dim": ("mistral", {"head_dim": 24, "sliding_window": None}),
+    "mistral-window": ("mistral", {"head_dim": 24, "sliding_window": 5}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True, "vocab_size": 101}),
+    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
+    "qwen3": ("qwen3", {"head_dim": 24, "vocab_size": 101}),
+    "qwen3-tied": ("qwen3", {"head_dim": 24, "tie_word_embeddings": True, "num_key_value_heads": 4}),
+}
+# One a family, with as many of its oddities as go together: what the layout tests run.
+REPRESENTATIVES = ("llama-rope-llama3", "mistral-window", "qwen2-tied", "qwen3")
+
+
+def tiny_config(variant: str, **changes: Any) -> Any:
+    from transformers import AutoConfig
+
+    model_type, differences = VARIANTS[variant]
+    return AutoConfig.for_model(model_type, **(COMMON | differences | changes))
+
+
+def tiny_model(variant: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A transformers model in eval mode; the same weights each time."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(tiny_config(variant, **changes), dtype=torch.float32)
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * values if "norm" in name else 0.15 * values)
+    return model.to(dtype).eval()
+
+
+def tiny_folder(folder: Path, variant: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
+    """Saves the tiny model in `folder`, which is returned; a folder that is already there is used as it is."""
+    if not (folder / "config.json").exists():
+        tiny_model(variant, dtype=dtype, **changes).save_pretrained(folder)
+    return folder
