@@ -105,18 +105,24 @@ def load(
     Rows that pad the vocabulary become 0. Raises InputError for missing, extra, mis-shaped or non-finite tensors.
     """
     check_coverage(rules, folder, tied=tied)
-    with torch.no_grad():
-        for shard in local_shards(chunks):
-            _load_shard(shard, rules[shard.key], folder)
+    vocab_size: int = chunks[0].true_vocab_size  # type: ignore[assignment]
+    error: InputError | None = None
+    try:
+        with torch.no_grad():
+            for shard in local_shards(chunks):
+                _load_shard(shard, rules[shard.key], folder, vocab_size=vocab_size)
+    except InputError as problem:  # perhaps only this rank reads the tensor that is wrong
+        error = problem
+    parallel.raise_together(error)
 
 
-def _load_shard(shard: Shard, rule: TensorRule, folder: io.SafetensorsFolder) -> None:
+def _load_shard(shard: Shard, rule: TensorRule, folder: io.SafetensorsFolder, *, vocab_size: int) -> None:
     shapes = [folder.entries[name].shape for name in rule.hf]
-    rows = sum(shape[0] for shape in shapes)
-    if shapes[0][1:] != shard.global_shape[1:] or (rows != shard.global_shape[0] and not rule.vocabulary):
-        raise InputError(
-            f"{folder.folder}: {' + '.join(rule.hf)}: shape {shapes} where the config needs {shard.global_shape}"
-        )
+    rows = sum(shape[0] for shape in shapes if shape)
+    needed = (vocab_size if rule.vocabulary else shard.global_shape[0], *shard.global_shape[1:])
+    if any((rows, *shape[1:]) != needed for shape in shapes):
+        found = ", ".join(str(list(shape)) for shape in shapes)
+        raise InputError(f"{folder.folder}: {' + '.join(rule.hf)}: shape {found} where the config needs {list(needed)}")
     start = min(shard.offset[0], rows)
     stop = min(shard.offset[0] + shard.data.size(0), rows)
     inner = tuple(slice(o, o + n) for o, n in zip(shard.offset[1:], shard.data.shape[1:], strict=True))
