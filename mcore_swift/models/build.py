@@ -50,6 +50,8 @@ def read_source(folder: Path, *, overrides: dict[str, object] | None = None) -> 
         raw = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: not valid JSON: line {error.lineno}: {error.msg}") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: not a model's configuration: found a {type(raw).__name__}, needed is a JSON object")
     family = family_of(str(raw.get("model_type")), source=str(path))
     unknown = [key for key in overrides or {} if key not in raw]
     if unknown:

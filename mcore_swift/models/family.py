@@ -65,14 +65,20 @@ def _read_window(config: HFConfig) -> dict[str, object]:
     }
 
 
-def _write_window(config: TransformerConfig) -> dict[str, object]:
+def _window(config: TransformerConfig) -> int | None:
+    return config.window_size[0] + 1 if config.window_size is not None else None
+
+
+def _write_window_by_layer(config: TransformerConfig) -> dict[str, object]:
     if config.window_size is None:
-        return {"sliding_window": None}
-    kinds = ["sliding_attention" if windowed else "full_attention" for windowed in config.window_attn_skip_freq]  # type: ignore[union-attr]
-    return {"sliding_window": config.window_size[0] + 1, "layer_types": kinds}
+        return {"use_sliding_window": False, "sliding_window": None}
+    flags = config.window_attn_skip_freq
+    kinds = ["sliding_attention" if windowed else "full_attention" for windowed in flags]  # type: ignore[union-attr]
+    return {"use_sliding_window": True, "sliding_window": _window(config), "layer_types": kinds}
 
 
-SLIDING_WINDOW = ConfigRow(_read_window, _write_window)
+SLIDING_WINDOW = ConfigRow(_read_window, lambda config: {"sliding_window": _window(config)})  # in every layer
+SLIDING_WINDOW_BY_LAYER = ConfigRow(_read_window, _write_window_by_layer)
 
 # Rows of every decoder with RMSNorm, grouped-query attention and a gated SiLU MLP.
 DECODER_ROWS = (
