@@ -9,7 +9,7 @@ An attempt writes into RUN/checkpoints/.step-00000020.ATTEMPT. The first rank re
 synced its part, so a kill at any moment leaves either the whole step or none. Attempts have names of their own: a rank
 of a dead attempt that is still running cannot write into another one's folder.
 
-Nothing heavy is imported here: the command line asks `is_checkpoint` before a platform is chosen.
+Nothing heavy is imported here: a platform must be installed before Megatron is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import secrets
 import shutil
 import tempfile
@@ -33,9 +32,17 @@ import yaml
 
 from mcore_swift import parallel
 from mcore_swift.errors import InputError
-from mcore_swift.models.build import ModelSource, read_source
+from mcore_swift.models.build import ModelSource
 from mcore_swift.parallel import ParallelPlan
 from mcore_swift.recipe import CheckpointSection
+from mcore_swift.training.checkpoint_folder import (
+    MANIFEST,
+    check_config,
+    checkpoint_source,
+    complete_checkpoints,
+    is_checkpoint,
+    read_manifest,
+)
 from mcore_swift.weights.hf_folder import copy_metadata
 
 if TYPE_CHECKING:
@@ -44,10 +51,7 @@ if TYPE_CHECKING:
 
     from mcore_swift.weights.dist_checkpoint import PendingWrite
 
-MANIFEST = "mcore_swift.json"
-STEP_FOLDER = re.compile(r"step-(\d{8,})")
-# config.json keys that say nothing about the model's tensors or mathematics.
-COSMETIC = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path"}
+__all__ = ["CheckpointManager", "TrainState", "checkpoint_source", "is_checkpoint", "load_weights"]
 
 
 @dataclass(frozen=True)
@@ -57,28 +61,6 @@ class TrainState:
     step: int
     loader: dict[str, object]  # TrainLoader.state_dict()
     samples: int  # that have been trained on
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is a Megatron checkpoint folder (complete or not)."""
-    return (path / "metadata.json").is_file() and (path / ".metadata").is_file()
-
-
-def checkpoint_source(path: Path) -> Path:
-    """The folder with config.json and tokenizer inside the checkpoint `path`."""
-    if not (path / "hf" / "config.json").is_file():
-        raise InputError(f"{path}: this Megatron checkpoint has no hf/config.json, so its model is not known")
-    return path / "hf"
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in RUN/checkpoints, the oldest first."""
-    try:
-        paths = list(folder.iterdir())
-    except OSError:
-        return []
-    found = [path for path in paths if STEP_FOLDER.fullmatch(path.name) and (path / MANIFEST).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def load_weights(path: Path, *, models: Sequence[Module]) -> None:
@@ -170,7 +152,7 @@ class CheckpointManager:
             )
 
         def work() -> None:
-            _check_config(path, self.source)
+            check_config(path, self.source)
             index = dist_checkpoint.read_index(path)
             model = dist_checkpoint.model_items(models)
             state = optimizer_state.optimizer_items(optimizer, model.parts) if optimizer is not None else []
@@ -377,41 +359,11 @@ def _manifest(path: Path) -> dict[str, Any]:
     manifest: list[Any] = [None]
 
     def check() -> None:
-        manifest[0] = _check_files(path)
+        manifest[0] = read_manifest(path)
 
     parallel.on_first_rank(check)
     dist.broadcast_object_list(manifest, src=0)
     return manifest[0]
-
-
-def _check_files(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are all there in full; {} for one that another program wrote."""
-    if not (path / MANIFEST).is_file():
-        return {}
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        sizes = manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path / MANIFEST}: damaged: {error}") from None
-    for name, size in sizes.items():
-        found = (path / name).stat().st_size if (path / name).is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes, {size} were written"
-            raise InputError(
-                f"{path}: this checkpoint is damaged: {name} {state}; remove the folder to go on from an earlier one"
-            )
-    return manifest
-
-
-def _check_config(path: Path, source: ModelSource) -> None:
-    theirs = read_source(checkpoint_source(path)).config.to_dict()
-    ours = source.config.to_dict()
-    for key in [*ours, *theirs]:
-        if key not in COSMETIC and ours.get(key) != theirs.get(key):
-            raise InputError(
-                f"{path}: a checkpoint of another model: {key} is {theirs.get(key)} there, {ours.get(key)} in"
-                f" {source.folder}; choose another checkpoint.dir, or the model that this run was started with"
-            )
 
 
 def _read_rng(path: Path) -> dict[str, Any]:

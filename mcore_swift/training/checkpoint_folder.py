@@ -1,0 +1,72 @@
+"""Checkpoint folders as they lie on the disk: which are complete, whose model they hold, whether they are in full.
+
+Nothing heavy is imported here: the command line asks `is_checkpoint` before a platform is chosen.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from mcore_swift.errors import InputError
+from mcore_swift.models.build import ModelSource, read_source
+
+MANIFEST = "mcore_swift.json"
+STEP_FOLDER = re.compile(r"step-(\d{8,})")
+# config.json keys that say nothing about the model's tensors or mathematics.
+COSMETIC = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path"}
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is a Megatron checkpoint folder (complete or not)."""
+    return (path / "metadata.json").is_file() and (path / ".metadata").is_file()
+
+
+def checkpoint_source(path: Path) -> Path:
+    """The folder with config.json and tokenizer inside the checkpoint `path`."""
+    if not (path / "hf" / "config.json").is_file():
+        raise InputError(f"{path}: this Megatron checkpoint has no hf/config.json, so its model is not known")
+    return path / "hf"
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in RUN/checkpoints, the oldest first."""
+    try:
+        paths = list(folder.iterdir())
+    except OSError:
+        return []
+    found = [path for path in paths if STEP_FOLDER.fullmatch(path.name) and (path / MANIFEST).is_file()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all there in full; {} for one that another program wrote."""
+    if not (path / MANIFEST).is_file():
+        return {}
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        sizes = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path / MANIFEST}: damaged: {error}") from None
+    for name, size in sizes.items():
+        found = (path / name).stat().st_size if (path / name).is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes, {size} were written"
+            raise InputError(
+                f"{path}: this checkpoint is damaged: {name} {state}; remove the folder to go on from an earlier one"
+            )
+    return manifest
+
+
+def check_config(path: Path, source: ModelSource) -> None:
+    """Raises InputError naming the first key in which the checkpoint's config.json is another model's than `source`."""
+    theirs = read_source(checkpoint_source(path)).config.to_dict()
+    ours = source.config.to_dict()
+    for key in [*ours, *theirs]:
+        if key not in COSMETIC and ours.get(key) != theirs.get(key):
+            raise InputError(
+                f"{path}: a checkpoint of another model: {key} is {theirs.get(key)} there, {ours.get(key)} in"
+                f" {source.folder}; choose another checkpoint.dir, or the model that this run was started with"
+            )
