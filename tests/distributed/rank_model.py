@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -185,7 +186,7 @@ def gradients_of_first_step(model: Any) -> dict[str, torch.Tensor]:
 
     def look_and_step() -> Any:
         gather_gradient_shards(model.models)
-        found.update(hf_copies(model, lambda parameter: parameter.main_grad))
+        found.update(hf_copies(model, attrgetter("main_grad")))
         model.optimizer.step = take_step
         return take_step()
 
@@ -293,4 +294,5 @@ def _transformers_gradients(folder: Path) -> tuple[float, dict[str, torch.Tensor
         logps = model(inputs[None]).logits[0, :-1].log_softmax(-1)
         total = total - (logps.gather(1, inputs[1:, None])[:, 0] * torch.from_numpy(loss[1:])).sum()
     (total / count).backward()
-    return float(total / count), {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return float(total / count), {name: grad for name, grad in gradients.items() if grad is not None}

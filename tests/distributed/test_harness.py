@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.distributed import harness
 from tests.distributed.harness import RankFailure, run_ranks
 
 
@@ -35,6 +36,15 @@ def die() -> None:
     os._exit(0)
 
 
+def write_pid_and_wait(path: Path) -> None:
+    path.write_text(str(os.getpid()))
+    time.sleep(60)
+
+
+def nested(path: Path) -> None:
+    run_ranks(write_pid_and_wait, 1, path)
+
+
 def test_results_come_back_in_rank_order() -> None:
     found = run_ranks(place, 3)
     assert [rank for rank, *_ in found] == ["0", "1", "2"]
@@ -49,7 +59,10 @@ def test_results_larger_than_a_pipe() -> None:
     assert all(torch.equal(tensor, torch.full((8 << 18,), float(rank))) for rank, tensor in enumerate(found))
 
 
-def test_a_failing_rank_shows_its_traceback_and_ends_the_others(tmp_path: Path) -> None:
+def test_a_failing_rank_shows_its_traceback_and_ends_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "GRACE", 0.5)
     started = time.monotonic()
     with pytest.raises(RankFailure, match="what rank one says") as failure:
         run_ranks(fail_on_rank_one, 2, tmp_path)
@@ -69,3 +82,18 @@ def test_time_limit() -> None:
 def test_a_rank_that_exits_is_a_failure(fn: object, story: str) -> None:
     with pytest.raises(RankFailure, match=story):
         run_ranks(fn, 1)  # type: ignore[arg-type]
+
+
+def test_ranks_die_with_the_process_that_started_them(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    with pytest.raises(RankFailure, match="not done"):  # which kills the rank that has started a rank
+        run_ranks(nested, 1, path, timeout=3)
+    deadline = time.monotonic() + 10
+    while _runs(int(path.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(int(path.read_text()))
+
+
+def _runs(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"

@@ -7,6 +7,7 @@ micro-batches a rank; the families' models have tied embeddings and vocabularies
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,9 @@ def test_layout(models: Any, variant: str, layout: str) -> None:
 )
 def test_packing_and_micro_batch_size(models: Any, variant: str) -> None:
     folder = models(variant)
-    for changes in (
-        {"micro_batch_size": 1},
-        {"micro_batch_size": 4},
-        {"packing": False, "micro_batch_size": 1},
-        {"packing": False, "micro_batch_size": 4},
-    ):
-        assert_same_run(train(recipe_for(folder, **changes)), one_rank(folder))
+    for packing, micro_batch_size in itertools.product((True, False), (1, 4)):
+        recipe = recipe_for(folder, packing=packing, micro_batch_size=micro_batch_size)
+        assert_same_run(train(recipe), one_rank(folder))
 
 
 @pytest.mark.slow

@@ -204,7 +204,7 @@ LAYOUTS = [
     ("variant", "layout", "message", "allowed"), LAYOUTS, ids=[f"{v}-{la}" for v, la, *_ in LAYOUTS]
 )
 def test_layouts_that_do_not_fit(
-    tmp_path: Path, variant: str, layout: dict[str, int], message: str, allowed: str
+    tmp_path: Path, variant: str, layout: dict[str, Any], message: str, allowed: str
 ) -> None:
     source = read_source(write_config(tmp_path, variant))
     with pytest.raises(InputError) as error:

@@ -150,7 +150,8 @@ def test_transformers_opens_what_was_written(tmp_path: Path, models: Any, max_sh
     for path in out.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
             assert file.metadata() == {"format": "pt"}
-    again, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    opened: Any = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    again, info = opened
     assert not any(info.values())
     original = AutoModelForCausalLM.from_pretrained(folder)
     assert again.config.to_dict() == original.config.to_dict() | {"_name_or_path": again.config._name_or_path}
