@@ -287,6 +287,10 @@ _CONTRADICTIONS: list[tuple[Callable[[Recipe], object], str]] = [
         "schedule.decay_steps: {r.schedule.decay_steps} after {r.schedule.warmup_steps} warmup_steps "
         "do not fit in schedule.steps {r.schedule.steps}",
     ),
+    (
+        lambda r: r.optimizer.name == "sgd" and r.optimizer.distributed,
+        "optimizer.name: sgd is not sharded by Megatron's distributed optimizer; set optimizer.distributed: false",
+    ),
     # Number formats.
     (
         lambda r: r.precision.fp8 and r.precision.dtype == "fp32",

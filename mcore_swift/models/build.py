@@ -31,6 +31,8 @@ class ModelSource:
     raw: dict[str, Any]  # config.json as it is
     config: HFConfig  # with transformers' defaults filled in
     family: Family
+    tokenizer: Path  # the folder with the tokenizer; `folder` unless the recipe names another
+    chat_template: Path | None = None  # a Jinja file in place of the tokenizer's own
 
     @property
     def vocab_size(self) -> int:
@@ -41,7 +43,13 @@ class ModelSource:
         return bool(self.config.tie_word_embeddings)
 
 
-def read_source(folder: Path, *, overrides: dict[str, object] | None = None) -> ModelSource:
+def read_source(
+    folder: Path,
+    *,
+    overrides: dict[str, object] | None = None,
+    tokenizer: Path | None = None,
+    chat_template: Path | None = None,
+) -> ModelSource:
     """Reads `folder`/config.json. Raises InputError when it is missing, malformed, or of an unknown family."""
     path = folder / "config.json"
     if not path.is_file():
@@ -64,7 +72,9 @@ def read_source(folder: Path, *, overrides: dict[str, object] | None = None) -> 
         config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(f"{path}: {error}") from None
-    return ModelSource(folder=folder, raw=raw, config=config, family=family)
+    return ModelSource(
+        folder=folder, raw=raw, config=config, family=family, tokenizer=tokenizer or folder, chat_template=chat_template
+    )
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:

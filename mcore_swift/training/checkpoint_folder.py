@@ -31,6 +31,11 @@ def checkpoint_source(path: Path) -> Path:
     return path / "hf"
 
 
+def checkpoint_step(path: Path) -> int:
+    """The step that the name of a complete checkpoint says."""
+    return int(path.name.removeprefix("step-"))
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in RUN/checkpoints, the oldest first."""
     try:
@@ -38,7 +43,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     except OSError:
         return []
     found = [path for path in paths if STEP_FOLDER.fullmatch(path.name) and (path / MANIFEST).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=checkpoint_step)
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -55,7 +55,8 @@ def model_source(recipe: Recipe) -> ModelSource:
 
     path = Path(recipe.model.path)
     folder = checkpoint_source(path) if is_checkpoint(path) else path
-    return read_source(folder, overrides=recipe.model.overrides)
+    tokenizer, template = (Path(p) if p else None for p in (recipe.model.tokenizer, recipe.data.chat_template))
+    return read_source(folder, overrides=recipe.model.overrides, tokenizer=tokenizer, chat_template=template)
 
 
 def threads(recipe: Recipe, platform: Platform, plan: ParallelPlan) -> int:

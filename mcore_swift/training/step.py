@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -140,7 +140,7 @@ def train_step(
     optimizer.zero_grad()
     moved = [batch.to(device) for batch in batches]
     sums = run_schedule(models, moved, objective, forward_only=False)
-    updated, grad_norm, _ = optimizer.step()
+    updated, grad_norm, _ = cast(Any, optimizer).step()
     result = summarize(sums, batches, device)
     return StepResult(**{**result.__dict__, "grad_norm": float(grad_norm or 0.0), "skipped": not updated})
 

@@ -25,6 +25,7 @@ from mcore_swift.recipe_io import dump_recipe
 from mcore_swift.training import setup
 from mcore_swift.training.callbacks import Callback, RunEnd, RunInfo, StepRecord, build_callbacks
 from mcore_swift.training.checkpoint import CheckpointManager, TrainState
+from mcore_swift.training.checkpoint_folder import checkpoint_step
 from mcore_swift.training.optimizer import set_learning_rate
 from mcore_swift.training.schedule import check_schedule, learning_rate
 from mcore_swift.training.step import StepResult, eval_step, train_step
@@ -99,10 +100,9 @@ class Trainer:
 
     def _loaders(self) -> tuple[TrainLoader, EvalLoader | None]:
         recipe, place = self.recipe, parallel.ranks()
-        template = Path(recipe.data.chat_template) if recipe.data.chat_template else None
         tokenizer = None
         if recipe.data.format != "synthetic":
-            tokenizer = load_tokenizer(Path(recipe.model.tokenizer or self.source.folder), chat_template=template)
+            tokenizer = load_tokenizer(self.source.tokenizer, chat_template=self.source.chat_template)
         shape = LoaderShape(
             global_batch_size=recipe.schedule.global_batch_size,
             micro_batch_size=recipe.schedule.micro_batch_size,
@@ -240,13 +240,14 @@ class Trainer:
         self.checkpoints.save(state, models=self.model.models, optimizer=self.model.optimizer)
 
     def _committed(self) -> None:
-        path = self.checkpoints.poll() if self.checkpoints else None
-        if path is not None:
-            self._tell("on_checkpoint", self.step, path)
+        self._announce(self.checkpoints.poll() if self.checkpoints else None)
 
     def _finish_saves(self) -> None:
-        if self.checkpoints is not None:
-            self.checkpoints.finish()
+        self._announce(self.checkpoints.finish() if self.checkpoints else None)
+
+    def _announce(self, path: Path | None) -> None:
+        if path is not None:
+            self._tell("on_checkpoint", checkpoint_step(path), path)
 
     def _export(self, folder: Path) -> None:
         self.model.sync_parameters()

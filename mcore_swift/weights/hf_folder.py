@@ -22,15 +22,21 @@ if TYPE_CHECKING:
 
 # Never copied: weights, which are written anew, and code, which is never passed on.
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack", ".index.json", ".py", ".so")
+# How the names of a tokenizer's files begin.
+TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece", "tekken")
 CONFIG_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 SAFETENSORS_DTYPES = {name: code for code, name in CONFIG_DTYPES.items()}
 
 
 def copy_metadata(source: ModelSource, destination: Path, *, dtype: str | None = None) -> None:
     """Copies configuration, tokenizer and chat template; `dtype` (safetensors' name) is noted in config.json."""
-    for path in source.folder.iterdir():
-        if path.is_file() and path.name != "config.json" and not path.name.endswith(NOT_COPIED):
-            shutil.copyfile(path, destination / path.name)
+    for folder, is_tokenizer in ((source.folder, False), (source.tokenizer, True)):
+        for path in folder.iterdir():
+            wanted = path.name.startswith(TOKENIZER) == is_tokenizer and path.name != "config.json"
+            if path.is_file() and wanted and not path.name.endswith(NOT_COPIED):
+                shutil.copyfile(path, destination / path.name)
+    if source.chat_template is not None:  # transformers prefers this file to the template in tokenizer_config.json
+        shutil.copyfile(source.chat_template, destination / "chat_template.jinja")
     config = dict(source.raw)
     if dtype is not None:
         config.pop("torch_dtype", None)
