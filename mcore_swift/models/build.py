@@ -167,6 +167,6 @@ def build_chunks(
 
 def tensor_rules(source: ModelSource, config: TransformerConfig) -> dict[str, TensorRule]:
     """The model's weight rules written out: global key → TensorRule."""
-    from mcore_swift.models.layers import GLOBAL_KEYS
+    from mcore_swift.models.keys import GLOBAL_KEYS
 
     return expand(source.family.rules, config, keys=GLOBAL_KEYS, tied=source.tied)

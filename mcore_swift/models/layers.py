@@ -27,15 +27,6 @@ from torch import Tensor, nn
 
 from mcore_swift.platform import Platform
 
-# Places of weight rules → Megatron's global keys (GPTModel's naming).
-GLOBAL_KEYS = {
-    "embedding": "embedding.word_embeddings",
-    "final_norm": "decoder.final_layernorm",
-    "head": "output_layer",
-    "mixer": "decoder.layers.{i}.self_attention",
-    "ffn": "decoder.layers.{i}.mlp",
-}
-
 
 class RMSNorm(nn.RMSNorm):
     """torch's RMSNorm with the constructor Megatron-Core calls; marks its weight so that SP gradients are reduced."""

@@ -12,8 +12,7 @@ from __future__ import annotations
 import io
 import json
 import math
-import pickle
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -172,35 +171,6 @@ def _snapshot(item: Item) -> Item:
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
-# What a torch.distributed.checkpoint index is made of (torch 2.11); Megatron's own writer adds the ranks' plans.
-_ALLOWED = {
-    "torch": {"Size", "float32", "float64", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "int64", "bool"},
-    "torch.serialization": {"_get_layout"},
-    "torch._C": {"_get_layout"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
-    "pathlib": {"PosixPath", "PurePosixPath"},
-    "pathlib._local": {"PosixPath", "PurePosixPath"},
-    "collections": {"OrderedDict"},
-}
-
-
-class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no checkpoint needs")
-        return super().find_class(module, name)
-
 
 class _Reader(FileSystemReader):
     """torch's reader with an index that has been read already (and not by free unpickling)."""
@@ -216,19 +186,6 @@ class _Reader(FileSystemReader):
 class _Planner(MCoreLoadPlanner):
     def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
         self.state_dict[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
-
-
-def read_index(folder: Path) -> Metadata:
-    """The checkpoint's index: every tensor's shape, dtype and place. Raises InputError when it can't be read."""
-    try:
-        with (folder / ".metadata").open("rb") as file:
-            metadata = _Unpickler(file).load()
-        assert isinstance(metadata.state_dict_metadata, Mapping) and metadata.storage_data is not None
-    except FileNotFoundError:
-        raise InputError(f"{folder}: not a Megatron checkpoint: it has no .metadata") from None
-    except (OSError, EOFError, AssertionError, AttributeError, pickle.UnpicklingError, ValueError) as error:
-        raise InputError(f"{folder}/.metadata: this checkpoint's index is damaged: {error}") from None
-    return metadata
 
 
 def check_fits(items: Iterable[ShardedTensor], index: Metadata, folder: Path, *, same_dtype: bool) -> None:

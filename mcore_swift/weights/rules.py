@@ -1,7 +1,7 @@
 """Weight rules: how Megatron's global tensors and Hugging Face's tensors correspond, one row a tensor kind.
 
 A rule names a Megatron tensor by its place in the model ("mixer.linear_qkv.weight": the mixer half of a layer), the
-Hugging Face tensors that it is made of, and the layout that fuses them. `models.layers.GLOBAL_KEYS` turns places into
+Hugging Face tensors that it is made of, and the layout that fuses them. `models.keys.GLOBAL_KEYS` turns places into
 Megatron's global keys; `expand` writes the rules out for every layer. Load, save, conversion and gradient comparison
 all use the same expanded rules.
 """
