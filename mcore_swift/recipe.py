@@ -16,15 +16,10 @@ from typing import Any, ClassVar, Literal
 
 from mcore_swift.errors import InputError
 
-RECOMPUTE_MODULES = (  # TransformerConfig.recompute_modules, megatron-core 0.19.2
+RECOMPUTE_MODULES = (  # of TransformerConfig.recompute_modules (megatron-core 0.19.2), those that dense layers have
     "core_attn",
-    "moe_act",
     "layernorm",
-    "mla_up_proj",
     "mlp",
-    "moe",
-    "shared_experts",
-    "gdn_norm_out",
 )
 
 DataFormat = Literal["auto", "messages", "prompt_response", "text", "indexed", "synthetic"]
@@ -290,6 +285,10 @@ _CONTRADICTIONS: list[tuple[Callable[[Recipe], object], str]] = [
     (
         lambda r: r.optimizer.name == "sgd" and r.optimizer.distributed,
         "optimizer.name: sgd is not sharded by Megatron's distributed optimizer; set optimizer.distributed: false",
+    ),
+    (
+        lambda r: r.runtime.profile_steps and r.checkpoint.dir is None,
+        "runtime.profile_steps: traces are written into checkpoint.dir; set it",
     ),
     # Number formats.
     (

@@ -86,11 +86,14 @@ def iter_rows(file: Path, *, skip: int = 0) -> Iterator[Row]:
     """The rows of a file from number `skip` (0-based) on, in order. Blank lines of a JSONL file are no rows."""
     if not file.stat().st_size:
         return
-    from datasets import load_dataset
+    import datasets
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong with a file is ours to say, once
     try:
         # Streaming reads the file where it is: no second copy of the data as Arrow files.
-        rows = load_dataset(READERS[file.suffix], data_files=glob.escape(str(file)), split="train", streaming=True)
+        rows = datasets.load_dataset(
+            READERS[file.suffix], data_files=glob.escape(str(file)), split="train", streaming=True
+        )
         yield from rows.skip(skip) if skip else rows
     except GeneratorExit:
         raise

@@ -57,6 +57,14 @@ def step_text(record: StepRecord, info: RunInfo, *, eta_seconds: float) -> list[
     return [*parts, f"ETA {format_duration(eta_seconds)}"]
 
 
+# Counts of the data report that a person should not have to look for.
+CHANGED_ROWS = {
+    "truncated": "were longer than data.sequence_length and were cut",
+    "dropped": "were longer than data.sequence_length and were left out",
+    "without_loss": "have nothing to learn left after the cut and were left out",
+}
+
+
 class ProgressLine(Callback):
     """Prints to the console (default: standard output), live if it is a terminal and plain otherwise."""
 
@@ -75,6 +83,9 @@ class ProgressLine(Callback):
             f"{info.model_name}: {info.num_parameters / 1e6:,.1f} M parameters, {info.layout}, {info.device_name}"
             + (f", resumed after step {info.steps_done}" if info.steps_done else "")
         )
+        for name in CHANGED_ROWS:
+            if info.data_counts.get(name):
+                self._print(f"data: {info.data_counts[name]} rows {CHANGED_ROWS[name]} (data.too_long)")
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = _start_live(self._console)
 

@@ -21,6 +21,7 @@ def run(recipe: Recipe) -> int:
     plan = plan_ranks(recipe, platform)
     source = model_source(recipe)
     check_layout(source, plan)
+    check_micro_batches(recipe, plan)
 
     def rank() -> None:
         from mcore_swift import parallel
@@ -47,6 +48,17 @@ def plan_ranks(recipe: Recipe, platform: Platform) -> ParallelPlan:
     if devices is not None and plan.world_size > devices:
         raise InputError(f"parallel: {plan} needs {plan.world_size} ranks, but {devices} GPUs are visible")
     return plan
+
+
+def check_micro_batches(recipe: Recipe, plan: ParallelPlan) -> None:
+    """Raises InputError when the interleaved schedule can't run this many micro-batches."""
+    schedule = recipe.schedule
+    number = schedule.global_batch_size // (schedule.micro_batch_size * plan.dp)
+    if plan.vpp > 1 and number % plan.pp:
+        raise InputError(
+            f"schedule.global_batch_size: {schedule.global_batch_size} makes {number} micro-batches a rank, but"
+            f" parallel.vpp > 1 needs a multiple of parallel.pp {plan.pp}"
+        )
 
 
 def model_source(recipe: Recipe) -> ModelSource:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,7 +205,8 @@ class Trainer:
         rate = learning_rate(self.step, schedule=self.recipe.schedule, total_steps=self.total_steps)
         set_learning_rate(self.model.optimizer, rate, self.recipe.optimizer.weight_decay)
         batches = self.train_loader.micro_batches(self.step)
-        result = train_step(self.model.models, self.model.optimizer, batches, self.objective, self.device)
+        with self._profiled():
+            result = train_step(self.model.models, self.model.optimizer, batches, self.objective, self.device)
         self.step += 1
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise RuntimeError(
@@ -211,6 +214,23 @@ class Trainer:
                 " The last checkpoint is from before this step; lower the learning rate or look at this step's data."
             )
         self._tell("on_step", self._record(result, rate, time.perf_counter() - begin))
+
+    @contextlib.contextmanager
+    def _profiled(self) -> Iterator[None]:
+        """Traces the step if the recipe asks for it: RUN/profile/step-N.rank-R.json, for Perfetto."""
+        number = self.step + 1
+        if self.run_dir is None or number not in self.recipe.runtime.profile_steps:
+            yield
+            return
+        import torch.distributed as dist
+        from torch.profiler import profile
+
+        folder = self.run_dir / "profile"
+        folder.mkdir(exist_ok=True)
+        with profile() as trace:
+            yield
+            self.platform.synchronize()
+        trace.export_chrome_trace(str(folder / f"step-{number:08d}.rank-{dist.get_rank():05d}.json"))
 
     def _evaluate(self) -> None:
         if self.eval_loader is None:
