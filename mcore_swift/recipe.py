@@ -16,9 +16,8 @@ from typing import Any, ClassVar, Literal
 
 from mcore_swift.errors import InputError
 
-RECOMPUTE_MODULES = (  # of TransformerConfig.recompute_modules (megatron-core 0.19.2), those that dense layers have
+RECOMPUTE_MODULES = (  # of TransformerConfig.recompute_modules (megatron-core 0.19.2), those proved here at every layout
     "core_attn",
-    "layernorm",
     "mlp",
 )
 

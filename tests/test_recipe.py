@@ -249,7 +249,7 @@ CONTRADICTIONS = [
     ("--logging.wandb_name n", "logging.wandb_name: n does nothing without logging.wandb_project"),
     (
         "--runtime.recompute selective --runtime.recompute_modules [attn]",
-        "runtime.recompute_modules: found ['attn']; allowed: core_attn, moe_act, layernorm, mla_up_proj, mlp",
+        "runtime.recompute_modules: found ['attn']; allowed: core_attn, mlp",
     ),
     ("--runtime.recompute selective --runtime.recompute_modules []", "runtime.recompute_modules is empty"),
     ("--runtime.recompute_modules [mlp]", "runtime.recompute_modules are used by runtime.recompute: selective only"),
