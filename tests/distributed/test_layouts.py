@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from tests.distributed.rank_model import Trained, assert_close, recipe_for, trai
 from tests.distributed.tiny_models import REPRESENTATIVES, tiny_folder
 
 LAYOUTS = {
+    "one rank": ParallelSection(),
     "TP2": ParallelSection(tp=2, sequence_parallel=False),
     "TP2+SP": ParallelSection(tp=2),
     "PP2": ParallelSection(pp=2),
@@ -35,6 +35,7 @@ CASES = [
     )
     for variant in REPRESENTATIVES
     for layout in LAYOUTS
+    if layout != "one rank"
 ] + [pytest.param("llama-biases", layout, marks=pytest.mark.slow) for layout in ("TP2", "TP2+SP", "TP2xPP2xDP2")]
 
 
@@ -45,9 +46,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @functools.cache
+def at_layout(folder: Path, layout: str) -> Trained:
+    return train(recipe_for(folder, LAYOUTS[layout]))
+
+
 def one_rank(folder: Path) -> Trained:
     """What every layout is compared with."""
-    return train(recipe_for(folder))
+    return at_layout(folder, "one rank")
 
 
 def assert_same_run(found: Trained, expected: Trained) -> None:
@@ -62,7 +67,7 @@ def assert_same_run(found: Trained, expected: Trained) -> None:
 @pytest.mark.parametrize(("variant", "layout"), CASES)
 def test_layout(models: Any, variant: str, layout: str) -> None:
     folder = models(variant)
-    found = train(recipe_for(folder, LAYOUTS[layout]))
+    found = at_layout(folder, layout)
     assert_same_run(found, one_rank(folder))
     if LAYOUTS[layout].dp == 2:  # or the global normalization would not be tested
         assert found.rank_tokens[0] > 4 * found.rank_tokens[1] > 0
@@ -113,18 +118,23 @@ RECOMPUTE = {
 }
 
 
-@pytest.mark.parametrize("runtime", RECOMPUTE.values(), ids=RECOMPUTE)
-def test_recomputation_changes_no_bit(models: Any, runtime: RuntimeSection) -> None:
+@pytest.mark.parametrize(
+    ("layout", "runtime"),
+    [
+        ("one rank", "full"),
+        ("one rank", "core-attention"),
+        ("one rank", "mlp"),
+        pytest.param("TP2+SP", "full", marks=pytest.mark.slow),
+        pytest.param("TP2+SP", "core-attention", marks=pytest.mark.slow),
+        pytest.param("TP2+SP", "mlp", marks=pytest.mark.slow),
+        pytest.param("PP2xVPP2", "full", marks=pytest.mark.slow),
+        pytest.param("PP2", "full-2-layers", marks=pytest.mark.slow),
+    ],
+)
+def test_recomputation_changes_no_bit(models: Any, layout: str, runtime: str) -> None:
     folder = models("qwen3")
-    assert_identical(train(recipe_for(folder, runtime=runtime)), one_rank(folder))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("runtime", RECOMPUTE.values(), ids=RECOMPUTE)
-@pytest.mark.parametrize("layout", ["TP2+SP", "PP2xVPP2"])
-def test_recomputation_changes_no_bit_at_other_layouts(models: Any, layout: str, runtime: RuntimeSection) -> None:
-    recipe = recipe_for(models("qwen3"), LAYOUTS[layout])
-    assert_identical(train(replace(recipe, runtime=runtime)), train(recipe))
+    found = train(recipe_for(folder, LAYOUTS[layout], runtime=RECOMPUTE[runtime]))
+    assert_identical(found, at_layout(folder, layout))
 
 
 def assert_identical(found: Trained, expected: Trained) -> None:

@@ -18,6 +18,8 @@ from tests.distributed.tiny_models import REPRESENTATIVES, VARIANTS, tiny_folder
 TOLERANCE = 1e-5  # max |a - b| / max |b|
 LENGTH = 24  # longer than every sliding window, and past the length at which llama3 and YaRN start to scale
 
+MOSTLY_SLOW = [v if v in REPRESENTATIVES else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS]
+
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
@@ -64,7 +66,7 @@ def test_logits(models: Any, variant: str) -> None:
     assert_logits(logits(recipe_for(models(variant)), rows(vocab_size(variant))), expected_rows(variant))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", MOSTLY_SLOW)
 def test_packed_documents_are_each_alone(models: Any, variant: str) -> None:
     model = tiny_model(variant)
     texts = [torch.from_numpy(tokens).long() for tokens, _ in documents(model.config.vocab_size)]
@@ -93,9 +95,7 @@ def test_logits_at_tp3_with_three_key_value_heads(models: Any, layout: ParallelS
     assert_logits(found, expected_rows("llama-9-heads"))
 
 
-@pytest.mark.parametrize(
-    "variant", [v if v in REPRESENTATIVES else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS]
-)
+@pytest.mark.parametrize("variant", MOSTLY_SLOW)
 def test_loss_and_gradients(models: Any, variant: str) -> None:
     """Against transformers in float64, each document alone: packing, loss mask and normalization are included."""
     folder: Path = models(variant)
