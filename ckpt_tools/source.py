@@ -139,10 +139,10 @@ class HFSource:
 
     def read(self, name: str) -> torch.Tensor:
         """One whole tensor; float8 with its scales applied, bf16."""
-        values = _whole(self.stored[name], self._files)
+        values = read_whole(self.stored[name], self._files)
         if name not in self.scales:
             return values
-        return decode_fp8(values, _whole(self.scales[name], self._files))
+        return decode_fp8(values, read_whole(self.scales[name], self._files))
 
 
 def _base(name: str) -> str:
@@ -311,7 +311,9 @@ def _config_folder(folder: Path, config: Path | None) -> Path:
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def _whole(stored: Stored, files: Files) -> torch.Tensor:
+def read_whole(stored: Stored, files: Files | None = None) -> torch.Tensor:
+    """A whole tensor as it is stored."""
+    files = files or Files()
     out = np.empty(stored.nbytes, np.uint8)
     read_rows(stored, 0, stored.shape[0], out, files)
     return as_tensor(out, stored.dtype, stored.shape)

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 
 from mcore_swift import parallel
-from mcore_swift.errors import InputError, nearest
+from mcore_swift.errors import InputError
 from mcore_swift.weights import safetensors_io as io
+from mcore_swift.weights.coverage import hf_misfits
 from mcore_swift.weights.rules import TensorRule
 
 if TYPE_CHECKING:
@@ -75,26 +76,12 @@ def check_coverage(rules: Mapping[str, TensorRule], folder: io.SafetensorsFolder
 
     Raises InputError that lists every tensor that is missing, unexpected or mis-shaped (up to ten of each).
     """
-    wanted = {name: (rule, part) for rule in rules.values() for part, name in enumerate(rule.hf)}
-    ignored = {"lm_head.weight"} if tied else set()
-    missing = [name for name in wanted if name not in folder.entries]
-    extra = [n for n in folder.entries if n not in wanted and n not in ignored and not n.endswith(IGNORED_SUFFIXES)]
-    shapes = []
-    for name, (rule, part) in wanted.items():
-        entry = folder.entries.get(name)
-        if entry is not None and rule.rows and entry.shape[:1] != (rule.rows[part],):
-            shapes.append(f"{name} has {entry.shape[0]} rows, the config says {rule.rows[part]}")
-        if entry is not None and entry.dtype not in DTYPES:
-            shapes.append(f"{name} is {entry.dtype}; allowed: {', '.join(DTYPES)}")
-    problems = [("missing", missing), ("unexpected", extra), ("wrong", shapes)]
-    found = [
-        f"{len(names)} {word}: {'; '.join(names[:10])}{' …' if len(names) > 10 else ''}"
-        for word, names in problems
-        if names
-    ]
-    if found:
-        hint = nearest(missing[0], extra) if missing and extra else ""
-        raise InputError(f"{folder.folder}: the tensors do not fit the config: {' | '.join(found)}{hint}")
+    ignored = [name for name in folder.entries if name.endswith(IGNORED_SUFFIXES)]
+    misfits = hf_misfits(
+        rules, folder.entries, dtypes=DTYPES, ignored=[*ignored, "lm_head.weight"] if tied else ignored
+    )
+    if misfits:
+        raise InputError(f"{folder.folder}: the tensors do not fit the config: {misfits.text(limit=10)}")
 
 
 def load(

@@ -217,7 +217,12 @@ def create_files(folder: Path, plan: OutputPlan) -> None:
             os.posix_fallocate(file.fileno(), 0, plan.sizes[name])
             file.write(header)
     if plan.index is not None:
-        (folder / INDEX).write_text(json.dumps(plan.index, indent=2) + "\n")
+        (folder / INDEX).write_text(index_text(plan.index))
+
+
+def index_text(index: dict[str, Any]) -> str:
+    """The index file's text."""
+    return json.dumps(index, indent=2) + "\n"
 
 
 def write_tensor(folder: Path, plan: OutputPlan, name: str, tensor: torch.Tensor) -> None:

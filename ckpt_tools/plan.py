@@ -1,0 +1,187 @@
+"""What a conversion will do, known before anything large is read: coverage, and which rows go where.
+
+Coverage is proved from headers: every source tensor is consumed, every target tensor produced, all shapes agree. The
+transfer is then a list of tasks, each a run of rows of one target tensor with the rows of source tensors it is made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from ckpt_tools.source import HFSource, MegatronSource, part_segments
+from ckpt_tools.stored import Block, Files, Stored, read_rows, row_chunks
+from ckpt_tools.torch_dist import CheckpointPlan, plan_checkpoint
+from mcore_swift.errors import InputError
+from mcore_swift.models.build import ModelSource
+from mcore_swift.models.keys import global_shapes, weight_rules
+from mcore_swift.weights import safetensors_io as st
+from mcore_swift.weights.coverage import Misfits, hf_misfits, megatron_misfits
+from mcore_swift.weights.rules import TensorRule
+
+READABLE = ("F32", "BF16", "F16")
+TASK_BYTES = 64 << 20  # of the target; the unit that an interrupted conversion repeats
+COMPARE_BYTES = 8 << 20
+HEADS = {"lm_head.weight": "model.embed_tokens.weight", "output_layer.weight": "embedding.word_embeddings.weight"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows [first, last) of the target tensor `name`, all in block `block`."""
+
+    name: str
+    block: int
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """All of a conversion's bulk. `sources`, `targets`: tensors by their own side's names; `scales`: FP8 sources'."""
+
+    rules: Mapping[str, TensorRule]
+    to_megatron: bool
+    sources: Mapping[str, Stored]
+    scales: Mapping[str, Stored]
+    targets: Mapping[str, Stored]
+    tasks: list[Task]
+
+    def segments(self, name: str, first: int, last: int) -> Iterator[tuple[str, int, int, int]]:
+        """Where rows [first, last) of target `name` come from: (source, its first row, its last, row from `first`)."""
+        if self.to_megatron:
+            rule = self.rules[name]
+            rows = rule.rows or (self.targets[name].shape[0],)
+            for part, low, high, target in rule.segments(first, last, rows):
+                yield rule.hf[part], low, high, target
+        else:
+            rule, part = self.parts[name]
+            for low, high, target in part_segments(rule, part, first, last):
+                yield rule.key, low, high, target
+
+    @cached_property
+    def parts(self) -> dict[str, tuple[TensorRule, int]]:
+        """Hugging Face name → its rule, and which part of it."""
+        return {name: (rule, part) for rule in self.rules.values() for part, name in enumerate(rule.hf)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of tensors that will be written."""
+        return sum(target.nbytes for target in self.targets.values())
+
+    @property
+    def bytes_read(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.sources.values(), *self.scales.values()))
+
+
+# --- coverage ---------------------------------------------------------------------------------------------------------
+
+
+def misfits(
+    model: ModelSource,
+    specs: Mapping[str, st.TensorSpec],
+    *,
+    megatron: bool,
+    dtypes: tuple[str, ...] = READABLE,
+) -> Misfits:
+    """What of a source's tensors (by its own side's names) does not fit the model's config. Reads nothing."""
+    check = megatron_misfits if megatron else hf_misfits
+    ignored = tuple(HEADS) if model.tied else ()
+    return check(weight_rules(model), specs, dtypes=dtypes, shapes=global_shapes(model), ignored=ignored)
+
+
+def check_coverage(source: HFSource | MegatronSource) -> None:
+    """Raises InputError that lists every tensor that is missing, unexpected, mis-shaped or of a dtype not known.
+
+    A head that tied embeddings make superfluous may be there when it has the embedding's values.
+    """
+    is_megatron = isinstance(source, MegatronSource)
+    specs = {name: st.TensorSpec(item.dtype, item.shape) for name, item in source.stored.items()}
+    specs |= {name: spec for name, spec in source.specs.items() if name in source.scales}
+    found = misfits(source.model, specs, megatron=is_megatron)
+    if found:
+        raise InputError(f"{source.path}: the tensors do not fit the config: {found.text()}")
+    for head, embedding in HEADS.items():
+        if source.model.tied and head in source.stored and not _same(source.stored[head], source.stored[embedding]):
+            raise InputError(
+                f"{source.path}: config.json says tie_word_embeddings, but {head} has other values than {embedding};"
+                " set tie_word_embeddings: false in config.json to keep both, or remove the tensor"
+            )
+
+
+def _same(a: Stored, b: Stored) -> bool:
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    files = Files()
+    try:
+        for first, last in row_chunks(0, a.shape[0], a.row_bytes, budget=COMPARE_BYTES):
+            ours, theirs = (np.empty((last - first) * a.row_bytes, np.uint8) for _ in range(2))
+            read_rows(a, first, last, ours, files)
+            read_rows(b, first, last, theirs, files)
+            if not np.array_equal(ours, theirs):
+                return False
+        return True
+    finally:
+        files.close()
+
+
+# --- where everything goes --------------------------------------------------------------------------------------------
+
+
+def plan_transfer(
+    source: HFSource | MegatronSource, folder: Path, *, dtype: str | None, max_shard_bytes: int
+) -> tuple[Transfer, CheckpointPlan]:
+    """Plans the conversion of `source` into files in `folder`. dtype: safetensors' name, None keeps the source's.
+
+    Raises InputError as `check_coverage` does, and when tensors that Megatron fuses differ in dtype.
+    """
+    check_coverage(source)
+    rules = weight_rules(source.model)
+    if isinstance(source, HFSource):
+        specs = megatron_specs(rules, source.specs, dtype=dtype)
+        layout = plan_checkpoint(specs, folder, max_shard_bytes=max_shard_bytes)
+        sources = {name: source.stored[name] for rule in rules.values() for name in rule.hf}
+    else:
+        specs = {name: st.TensorSpec(dtype or spec.dtype, spec.shape) for name, spec in source.specs.items()}
+        layout = _safetensors_plan(specs, folder, max_shard_bytes=max_shard_bytes)
+        sources = {key: source.stored[key] for key in rules}
+    tasks = [task for name, target in layout.tensors.items() for task in _tasks(name, target)]
+    transfer = Transfer(rules, isinstance(source, HFSource), sources, source.scales, layout.tensors, tasks)
+    return transfer, layout
+
+
+def megatron_specs(
+    rules: Mapping[str, TensorRule], specs: Mapping[str, st.TensorSpec], *, dtype: str | None
+) -> dict[str, st.TensorSpec]:
+    """The global tensors that Hugging Face's make. Raises InputError when fused ones differ in dtype or width."""
+    fused = {}
+    for key, rule in rules.items():
+        parts = [specs[name] for name in rule.hf]
+        kinds = {dtype or part.dtype for part in parts}
+        if len(kinds) > 1:
+            found = ", ".join(f"{name} {part.dtype}" for name, part in zip(rule.hf, parts, strict=True))
+            raise InputError(f"{found}: Megatron fuses these, so they need one dtype; choose one with --dtype")
+        fused[key] = st.TensorSpec(kinds.pop(), (sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
+    return fused
+
+
+def _tasks(name: str, target: Stored) -> Iterator[Task]:
+    for number, block in enumerate(target.blocks):
+        start = block.offset[0]
+        for first, last in row_chunks(start, start + block.shape[0], target.row_bytes, budget=TASK_BYTES):
+            yield Task(name, number, first, last)
+
+
+def _safetensors_plan(specs: Mapping[str, st.TensorSpec], folder: Path, *, max_shard_bytes: int) -> CheckpointPlan:
+    output = st.plan_output(specs, max_shard_bytes=max_shard_bytes)
+    plan = CheckpointPlan(sizes=dict(output.sizes), fixed=[(name, 0, head) for name, head in output.files.items()])
+    for name, spec in specs.items():
+        file, start = output.places[name]
+        shape = spec.shape or (1,)
+        plan.tensors[name] = Stored(spec.dtype, shape, (Block(folder / file, start, (0,) * len(shape), shape),))
+    if output.index is not None:
+        plan.small[st.INDEX] = st.index_text(output.index).encode()
+    return plan
