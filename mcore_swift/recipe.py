@@ -16,10 +16,8 @@ from typing import Any, ClassVar, Literal
 
 from mcore_swift.errors import InputError
 
-RECOMPUTE_MODULES = (  # of TransformerConfig.recompute_modules (megatron-core 0.19.2), those proved here at every layout
-    "core_attn",
-    "mlp",
-)
+# Of TransformerConfig.recompute_modules (megatron-core 0.19.2), those that are tested here at every layout.
+RECOMPUTE_MODULES = ("core_attn", "mlp")
 
 DataFormat = Literal["auto", "messages", "prompt_response", "text", "indexed", "synthetic"]
 

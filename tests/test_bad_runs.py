@@ -72,26 +72,30 @@ def place(tmp_path: Path, good_model: Path) -> Path:
 
 def train(place: Path, *overrides: str, **environment: str) -> tuple[int, str]:
     """Runs the command; returns its exit code and what it wrote to standard error."""
-    return run_ranks(_train, 1, ["train", str(place / "recipe.yaml"), *overrides], environment)[0]
+    code, _, errors = run_ranks(_command, 1, ["train", str(place / "recipe.yaml"), *overrides], environment)[0]
+    return code, errors
 
 
-def _train(argv: list[str], environment: dict[str, str]) -> tuple[int, str]:
+def _command(argv: list[str], environment: dict[str, str]) -> tuple[int, str, str]:
+    """Exit code, standard output, standard error."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     os.environ.update(environment)
-    with tempfile.TemporaryFile() as errors:
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        os.dup2(output.fileno(), 1)
         os.dup2(errors.fileno(), 2)
-        sys.stderr = os.fdopen(os.dup(2), "w")
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w") for number in (1, 2))
         from mcore_swift.cli import main
 
         try:
             code = main(argv)
         except SystemExit as leave:
             code = int(leave.code or 0)
-        sys.stderr.flush()
-        errors.seek(0)
-        return code, errors.read().decode()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for file in (output, errors):
+            file.seek(0)
+        return code, output.read().decode(), errors.read().decode()
 
 
 def edit_json(name: str, **values: Any) -> Change:
@@ -293,3 +297,18 @@ def test_disk_full_while_exporting(place: Path, monkeypatch: pytest.MonkeyPatch)
     assert not (place / "run" / "hf").exists()
     assert not list((place / "run").glob(".hf*"))
     assert (place / "run" / "checkpoints" / "step-00000002" / "mcore_swift.json").is_file()
+
+
+def test_generate(place: Path) -> None:
+    """A run's checkpoint and its exported folder answer alike; what the model can't hold is refused."""
+    assert train(place)[0] == 0
+    ask = ["--prompt", "What is 3 and 3?", "--max-new-tokens", "8", "--device", "cpu"]
+    answers = [
+        run_ranks(_command, 1, ["generate", str(place / "run" / folder), *ask], {})[0]
+        for folder in ("hf", "checkpoints/step-00000002")
+    ]
+    assert [code for code, _, _ in answers] == [0, 0], answers
+    assert answers[0][1] == answers[1][1] != "\n"
+    code, _, errors = run_ranks(_command, 1, ["generate", str(place / "model"), *ask, "--max-new-tokens", "128"], {})[0]
+    assert code == 2
+    assert "--max-new-tokens" in errors and "exceed the model's 128" in errors

@@ -68,12 +68,12 @@ def load_weights(path: Path, *, models: Sequence[Module]) -> None:
 
     Raises InputError, on all ranks, when it is damaged or another model's; the latter before anything is loaded.
     """
-    from mcore_swift.weights import dist_checkpoint
+    from mcore_swift.weights import dist_checkpoint, dist_index
 
     _manifest(path)
 
     def work() -> None:
-        index = dist_checkpoint.read_index(path)
+        index = dist_index.read_index(path)
         tensors = dist_checkpoint.model_items(models).tensors()
         dist_checkpoint.check_fits(tensors, index, path, same_dtype=False)
         dist_checkpoint.read(tensors, path, index)
@@ -142,7 +142,7 @@ class CheckpointManager:
         Raises InputError, on all ranks, for another model's checkpoint, one without optimizer, or a damaged one.
         """
         from mcore_swift.training import optimizer_state, rng
-        from mcore_swift.weights import dist_checkpoint
+        from mcore_swift.weights import dist_checkpoint, dist_index
 
         manifest = _manifest(path)
         if optimizer is not None and manifest.get("optimizer_step") is None:
@@ -153,7 +153,7 @@ class CheckpointManager:
 
         def work() -> None:
             check_config(path, self.source)
-            index = dist_checkpoint.read_index(path)
+            index = dist_index.read_index(path)
             model = dist_checkpoint.model_items(models)
             state = optimizer_state.optimizer_items(optimizer, model.parts) if optimizer is not None else []
             dist_checkpoint.check_fits([*model.tensors(), *state], index, path, same_dtype=True)
