@@ -69,6 +69,12 @@ class DataSection(_Strict):
     chat_template: str | None = None  # a Jinja file to use instead of the tokenizer's own
 
 
+    @property
+    def fixed_length(self) -> bool:
+        """Whether all micro-batches have the same length; otherwise rows are padded to the longest of each."""
+        return self.packing or self.format in ("indexed", "synthetic")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveSection(_Strict):
     name: Literal["sft"] = "sft"  # sft: next-token loss on the tokens that count
@@ -286,6 +292,11 @@ _CONTRADICTIONS: list[tuple[Callable[[Recipe], object], str]] = [
     (
         lambda r: r.runtime.profile_steps and r.checkpoint.dir is None,
         "runtime.profile_steps: traces are written into checkpoint.dir; set it",
+    ),
+    (
+        lambda r: r.parallel.vpp > 1 and not r.data.fixed_length,
+        "parallel.vpp: {r.parallel.vpp} with data.packing: false is not supported: the interleaved schedule needs "
+        "micro-batches of one length; set data.packing: true",
     ),
     # Number formats.
     (

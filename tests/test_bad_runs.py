@@ -208,6 +208,11 @@ CASES: dict[str, tuple[Change, list[str], tuple[str, ...]]] = {
         ["--parallel.pp", "2", "--parallel.vpp", "2", "--schedule.global_batch_size", "3"],
         ("schedule.global_batch_size", "3 micro-batches", "parallel.pp 2"),
     ),
+    "lengths that can't be interleaved": (
+        nothing,
+        ["--parallel.pp", "2", "--parallel.vpp", "2", "--data.packing", "false"],
+        ("parallel.vpp", "data.packing: true"),
+    ),
     "evaluation without data": (nothing, ["--schedule.eval_interval", "1"], ("schedule.eval_interval", "validation")),
     "weights of sources that are not blended": (
         nothing,

@@ -97,7 +97,7 @@ def build(recipe: Recipe, source: ModelSource, plan: ParallelPlan, platform: Pla
     extra = {
         **precision_fields(recipe),
         **recompute_fields(recipe),
-        "variable_seq_lengths": plan.pp > 1 and not recipe.data.packing,  # rows are padded to each batch's longest
+        "variable_seq_lengths": plan.pp > 1 and not recipe.data.fixed_length,
         "overlap_p2p_comm": overlap and plan.vpp > 1,
     }
     if overlap and plan.vpp > 1:
