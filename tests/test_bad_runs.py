@@ -72,11 +72,11 @@ def place(tmp_path: Path, good_model: Path) -> Path:
 
 def train(place: Path, *overrides: str, **environment: str) -> tuple[int, str]:
     """Runs the command; returns its exit code and what it wrote to standard error."""
-    code, _, errors = run_ranks(_command, 1, ["train", str(place / "recipe.yaml"), *overrides], environment)[0]
+    code, _, errors = run_ranks(command, 1, ["train", str(place / "recipe.yaml"), *overrides], environment)[0]
     return code, errors
 
 
-def _command(argv: list[str], environment: dict[str, str]) -> tuple[int, str, str]:
+def command(argv: list[str], environment: dict[str, str]) -> tuple[int, str, str]:
     """Exit code, standard output, standard error."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
@@ -309,11 +309,11 @@ def test_generate(place: Path) -> None:
     assert train(place)[0] == 0
     ask = ["--prompt", "What is 3 and 3?", "--max-new-tokens", "8", "--device", "cpu"]
     answers = [
-        run_ranks(_command, 1, ["generate", str(place / "run" / folder), *ask], {})[0]
+        run_ranks(command, 1, ["generate", str(place / "run" / folder), *ask], {})[0]
         for folder in ("hf", "checkpoints/step-00000002")
     ]
     assert [code for code, _, _ in answers] == [0, 0], answers
     assert answers[0][1] == answers[1][1] != "\n"
-    code, _, errors = run_ranks(_command, 1, ["generate", str(place / "model"), *ask, "--max-new-tokens", "128"], {})[0]
+    code, _, errors = run_ranks(command, 1, ["generate", str(place / "model"), *ask, "--max-new-tokens", "128"], {})[0]
     assert code == 2
     assert "--max-new-tokens" in errors and "exceed the model's 128" in errors

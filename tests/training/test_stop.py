@@ -1,0 +1,58 @@
+"""A run that is asked to stop saves, says that it can be started again, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.data_pipeline.conftest import tokenizer_folder  # noqa: F401  (fixtures)
+from tests.distributed.harness import run_ranks
+from tests.test_bad_runs import command, good_model, place  # noqa: F401
+
+
+def stop_after_first_step(argv: list[str], metrics: Path, number: int) -> tuple[int, str, str]:
+    """Runs the command and sends itself the signal once a step is on record."""
+
+    def send() -> None:
+        while not metrics.exists() or not metrics.read_text():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send, daemon=True).start()
+    return command(argv, {})
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_stop_and_go_on(place: Path, number: signal.Signals) -> None:  # noqa: F811
+    argv = ["train", str(place / "recipe.yaml"), "--schedule.steps", "60", "--checkpoint.interval", "0"]
+    metrics = place / "run" / "metrics.jsonl"
+    code, _, errors = run_ranks(stop_after_first_step, 1, argv, metrics, int(number))[0]
+    assert code == 75, errors
+    assert number.name in errors and "checkpoint saved after step" in errors
+    stopped = len(metrics.read_text().splitlines())
+    assert 1 <= stopped < 60
+    names = [path.name for path in (place / "run" / "checkpoints").iterdir()]
+    assert names == [f"step-{stopped:08d}"]
+    assert not (place / "run" / "hf").exists()
+
+    code, output, errors = run_ranks(command, 1, argv, {})[0]
+    assert code == 0, errors
+    assert f"resumed after step {stopped}" in output
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 61))
+    assert (place / "run" / "hf" / "model.safetensors").is_file()
+
+
+def test_steps_can_be_profiled(place: Path) -> None:  # noqa: F811
+    argv = ["train", str(place / "recipe.yaml"), "--runtime.profile_steps", "[2]", "--parallel.pp", "2"]
+    code, _, errors = run_ranks(command, 1, argv, {})[0]
+    assert code == 0, errors
+    traces = sorted((place / "run" / "profile").iterdir())
+    assert [path.name for path in traces] == [f"step-00000002.rank-0000{rank}.json" for rank in (0, 1)]
+    assert all("aten::mm" in path.read_text() for path in traces)
