@@ -33,6 +33,7 @@ DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 MAX_SHARD_BYTES = 5 * 10**9
 MANIFEST = "mcore_swift.json"  # as the trainer's checkpoints have it
 JOURNAL = "journal"
+LOCK_PATIENCE = 2.0  # seconds
 USUAL_SPEED = 500e6  # bytes a second, for the estimate of --dry-run
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -123,7 +124,8 @@ def convert(
                 f"{destination}: {error.strerror}: {_size(sum(layout.sizes.values()))} are needed,"
                 f" {_size(shutil.disk_usage(destination.parent).free)} are free; nothing was left there"
             ) from error
-        raise InputError(f"{destination}: can't be written: {error.strerror or error}") from error
+        place = "" if error.filename is None else f"{error.filename}: "
+        raise InputError(f"{destination}: can't be written: {place}{error.strerror or error}") from error
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ def _run(job: _Job, fingerprint: str, planned: Report, *, workers: int, strict: 
     journal = partial / JOURNAL
     _prepare(partial, job.layout, fingerprint)
     earlier = engine.read_journal(journal)
+    left = [number for number in range(len(bulk.tasks)) if number not in earlier]
+    resumed = planned.bytes_written - sum(_task_bytes(bulk, number) for number in left)
     bad: dict[str, int] = {}
 
     def count(number: int, values: int) -> None:
@@ -151,17 +155,18 @@ def _run(job: _Job, fingerprint: str, planned: Report, *, workers: int, strict: 
         if values:
             bad[name] = bad.get(name, 0) + values
         if values and strict:
-            shutil.rmtree(partial, ignore_errors=True)
             raise InputError(f"{job.source.path}: tensor {name} has {values} NaN or infinite values (--strict)")
 
-    for number, values in earlier.items():
-        count(number, values)
-    left = [number for number in range(len(bulk.tasks)) if number not in earlier]
-    resumed = planned.bytes_written - sum(_task_bytes(bulk, number) for number in left)
-    with _progress(planned.bytes_written, resumed) as advance:
-        for done in engine.run_tasks(bulk, left, journal, workers=workers):
-            advance(done.nbytes)
-            count(done.number, done.nonfinite)
+    try:
+        for number, values in earlier.items():
+            count(number, values)
+        with _progress(planned.bytes_written, resumed) as advance:
+            for done in engine.run_tasks(bulk, left, journal, workers=workers):
+                advance(done.nbytes)
+                count(done.number, done.nonfinite)
+    except InputError:  # going on would not help: nothing half-written stays
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     _finish(job)
     return replace(planned, seconds=time.perf_counter() - begun, resumed=resumed, nonfinite=bad)
 
@@ -206,19 +211,32 @@ def _locked(destination: Path) -> Iterator[None]:
     path = destination.with_name(f".{destination.name}.lock")
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held = os.stat(path).st_ino == os.fstat(descriptor).st_ino  # else its holder has just removed it
-        except (BlockingIOError, FileNotFoundError):
-            held = False
+        held = _try_lock(descriptor, path)
         if not held:
             raise InputError(
                 f"{destination}: another conversion is writing it; wait for that one, or choose another DST"
             )
-        yield
-        path.unlink()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+
+
+def _try_lock(descriptor: int, path: Path) -> bool:
+    """Locks the file. A killed run's workers, which hold the lock too, take a moment to die: they are waited for."""
+    deadline = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return os.stat(path).st_ino == os.fstat(descriptor).st_ino  # else its holder has just removed it
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
 
 
 def _fingerprint(source: HFSource | MegatronSource, layout: CheckpointPlan, *, dtype: str | None) -> str:
@@ -269,7 +287,17 @@ def _finish(job: _Job) -> None:
     shutil.rmtree(job.partial / JOURNAL)
     if job.bulk.to_megatron:
         _write_manifest(job.partial)
+    for path in (*job.partial.rglob("*"), job.partial):  # a power cut must not leave a folder that only looks whole
+        _sync(path)
     os.rename(job.partial, job.destination)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_manifest(folder: Path) -> None:

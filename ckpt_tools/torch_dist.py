@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -166,20 +166,33 @@ def plan_checkpoint(
             position += length + -length % ALIGNMENT
             plan.sizes[name] = position
         plan.tensors[key] = Stored(spec.dtype, spec.shape, tuple(blocks))
-    common = _saved([{}])
-    name, position = (f"__0_{number}.distcp", position)
-    plan.fixed.append((name, position, common))
-    plan.sizes[name] = position + len(common)
-    index = _index(tensors, places, common=(name, position, len(common)))
+    name, objects = f"__0_{number}.distcp", {}
+    for keys, content in (([COMMON_STATE], [{}]), (extra_states(tensors), [None])):
+        data = _saved(content)
+        plan.fixed.append((name, position, data))
+        objects |= dict.fromkeys(keys, (name, position, len(data)))
+        position += len(data)
+    plan.sizes[name] = position
+    index = _index(tensors, places, objects)
     plan.small = {".metadata": pickle.dumps(index), "metadata.json": FORMAT.encode()}
     return plan
+
+
+def extra_states(keys: Iterable[str]) -> list[str]:
+    """The objects that Megatron's linear layers and Transformer Engine's attention ask for next to their tensors.
+
+    They hold FP8 scales where there are any. A model without them is content with None, but not with nothing: its
+    loader refuses a checkpoint that lacks a key.
+    """
+    modules = [key.removesuffix(".weight") for key in keys if ".linear_" in key and key.endswith(".weight")]
+    modules += [name.replace("linear_qkv", "core_attention") for name in modules if name.endswith("linear_qkv")]
+    return [f"{module}._extra_state/shard_0_1" for module in modules]
 
 
 def _index(
     tensors: Mapping[str, TensorSpec],
     places: Mapping[tuple[str, tuple[int, ...]], tuple[str, int, int, tuple[int, ...]]],
-    *,
-    common: tuple[str, int, int],
+    objects: Mapping[str, tuple[str, int, int]],
 ) -> Metadata:
     import torch
     from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -193,8 +206,8 @@ def _index(
     )
 
     torch_dtypes = {name: dtype for dtype, name in dtype_names().items()}
-    items: dict[str, Any] = {COMMON_STATE: BytesStorageMetadata()}
-    storage = {MetadataIndex(COMMON_STATE): _StorageInfo(*common)}
+    items: dict[str, Any] = {key: BytesStorageMetadata() for key in objects}
+    storage = {MetadataIndex(key): _StorageInfo(*place) for key, place in objects.items()}
     for (key, offset), (file, position, length, shape) in places.items():
         spec = tensors[key]
         if key not in items:

@@ -1,6 +1,6 @@
 """The bulk of a conversion: rows from files into files, by one process or several, and what has been done so far.
 
-A piece of a few megabytes is read, looked through for NaN and Inf, and written while it is in the processor's cache, so
+A piece of a megabyte is read, looked through for NaN and Inf, and written while it is in the processor's cache, so
 memory stays small whatever the model's size. Each finished task is a line in its worker's journal: a conversion that
 was killed goes on where it stood.
 """
@@ -25,7 +25,7 @@ from ckpt_tools.source import as_tensor, torch_dtype
 from ckpt_tools.stored import Files, Stored, read_rows, row_chunks
 from mcore_swift.errors import InputError
 
-PIECE_BYTES = 4 << 20
+PIECE_BYTES = 1 << 20
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # For each dtype: signed and unsigned integers of its width, and its +Inf's bits. A value is finite when its bits,
 # without the sign, are less: two maxima decide it for a whole piece.

@@ -66,12 +66,13 @@ def read_source(
         raise InputError(f"model.overrides: {unknown[0]} is not in {path}; allowed: {', '.join(sorted(raw))}")
     raw |= overrides or {}
 
+    from huggingface_hub.errors import StrictDataclassError  # what transformers' own checks raise
     from transformers import CONFIG_MAPPING
 
     try:
         config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
-    except (TypeError, ValueError, KeyError) as error:
-        raise InputError(f"{path}: {error}") from None
+    except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
+        raise InputError(f"{path}: {' '.join(str(error).split())}") from None
     return ModelSource(
         folder=folder, raw=raw, config=config, family=family, tokenizer=tokenizer or folder, chat_template=chat_template
     )
