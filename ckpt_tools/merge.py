@@ -37,16 +37,39 @@ _PART = re.compile(
 )
 
 # adapter_config.json of peft 0.21. Keys that don't change what the merged weights are …
-_ANY = set(
-    "auto_mapping base_model_name_or_path revision inference_mode peft_version task_type lora_dropout megatron_config "
-    "megatron_core loftq_config eva_config corda_config lora_ga_config runtime_config qalora_group_size "
-    "layers_pattern ensure_weight_tying velora_config".split()
-)
+_ANY = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "peft_version",
+    "task_type",
+    "lora_dropout",
+    "megatron_config",
+    "megatron_core",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "runtime_config",
+    "qalora_group_size",
+    "layers_pattern",
+    "ensure_weight_tying",
+    "velora_config",
+}
 # … those that `Adapter` reads …
-_READ = set(
-    "r lora_alpha use_rslora use_dora rank_pattern alpha_pattern target_modules exclude_modules layers_to_transform "
-    "modules_to_save".split()
-)
+_READ = {
+    "r",
+    "lora_alpha",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "modules_to_save",
+}
 # … and those of which only these values can be honoured. Any other key must be off (null, false, empty).
 _ALLOWED: dict[str, tuple[object, ...]] = {
     "peft_type": ("LORA",),
@@ -245,7 +268,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     for key, value in config.items():
         if key in _ALLOWED and value not in _ALLOWED[key]:
             raise InputError(f"{path}: {key}: {value!r} is not supported; allowed: {list(_ALLOWED[key])}")
-        if value and key not in _ALLOWED.keys() | _READ | _ANY:
+        if value and key not in {*_ALLOWED, *_READ, *_ANY}:
             raise InputError(f"{path}: {key}: {value!r} is not supported; allowed: it is left out or off")
     for key, kind, what in (
         ("peft_type", str, "a text"),

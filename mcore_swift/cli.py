@@ -58,6 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     _add_train(verbs.add_parser("train", help="train a model as a recipe says", allow_abbrev=False))
     _add_generate(verbs.add_parser("generate", help="let a model answer a prompt", allow_abbrev=False))
+    _add_convert(verbs.add_parser("convert", help="Hugging Face to Megatron, and back; GGUF", allow_abbrev=False))
+    _add_verify(verbs.add_parser("verify", help="are two models the same? tensors, config, logits", allow_abbrev=False))
+    _add_inspect(verbs.add_parser("inspect", help="say what a folder or file of weights holds", allow_abbrev=False))
+    _add_merge(verbs.add_parser("merge", help="fold a PEFT LoRA adapter into its base model", allow_abbrev=False))
     data = verbs.add_parser("data", help="check or prepare training data", allow_abbrev=False)
     data_verbs = data.add_subparsers(title="verbs", metavar="VERB", required=True)
     _add_validate(data_verbs.add_parser("validate", help="report every bad row", allow_abbrev=False))
@@ -98,6 +102,7 @@ def _number(kind: type[int] | type[float], bound: str, holds: Callable[[float], 
 _COUNT = _number(int, "a whole number, at least 1", lambda x: x >= 1)
 _SEED = _number(int, "a whole number, at least 0", lambda x: x >= 0)
 _TEMPERATURE = _number(float, "a number, at least 0", lambda x: 0 <= x < float("inf"))
+_SHARE = _number(float, "a number between 0 and 1", lambda x: 0 <= x <= 1)
 _FRACTION = _number(float, "a number greater than 0, at most 1", lambda x: 0 < x <= 1)
 
 
@@ -151,6 +156,99 @@ def _generate(**options: Any) -> int:
     from mcore_swift.training.generate import generate
 
     return generate(**options)
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Hugging Face folder to Megatron checkpoint, Megatron checkpoint to Hugging Face folder, GGUF file to Hugging "
+        "Face folder: found from the contents. DST appears when it is complete; an interrupted run is taken up again."
+    )
+    parser.add_argument("source", metavar="SRC", help="folder, GGUF file, or hub id in the local cache")
+    parser.add_argument("destination", metavar="DST", type=Path, help="folder to write; must not exist")
+    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: each tensor's own")
+    parser.add_argument("--workers", metavar="N", type=_COUNT, help="processes; default: as many as help")
+    parser.add_argument("--max-shard-size", metavar="SIZE", help="of a file, such as 500MB; default: 5GB")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be read and written, and stop")
+    parser.add_argument("--config", metavar="FOLDER", type=Path, help="of a Megatron checkpoint that lacks hf/")
+    parser.add_argument("--strict", action="store_true", help="refuse NaN and infinite values")
+    parser.add_argument("--download", action="store_true", help="fetch a hub id that is not in the local cache")
+    parser.set_defaults(run=_convert)
+
+
+def _convert(**options: Any) -> int:
+    from ckpt_tools.convert import convert_verb
+
+    return convert_verb(**options)
+
+
+def _add_verify(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Compares two models tensor by tensor under their Hugging Face names, and their configurations. Exit code 0: "
+        "the same; 1: not. With --logits, on a text too: a Megatron checkpoint runs through Megatron-Core and a "
+        "Hugging Face folder through transformers, but B through Megatron-Core when both are Hugging Face folders."
+    )
+    for name in "AB":
+        parser.add_argument(name.lower(), metavar=name, type=Path, help="Hugging Face folder or Megatron checkpoint")
+    parser.add_argument(
+        "--any-dtype", action="store_true", help="dtypes may differ; values are compared in the coarser"
+    )
+    parser.add_argument(
+        "--max-ulp", metavar="N", type=_SEED, default=0, help="allowed units in the last place; default: 0"
+    )
+    parser.add_argument("--config", metavar="FOLDER", type=Path, help="of a Megatron checkpoint that lacks hf/")
+    parser.add_argument("--logits", action="store_true", help="compare logits on a text; needs --text")
+    parser.add_argument("--text", metavar="FILE", type=Path, help="plain text, or JSONL with a text in each row")
+    parser.add_argument(
+        "--windows", metavar="N", type=_COUNT, default=4, help="pieces of the text; default: %(default)s"
+    )
+    parser.add_argument(
+        "--window-length", metavar="N", type=_COUNT, default=256, help="tokens each; default: %(default)s"
+    )
+    limits = parser.add_argument_group("what logits must keep")
+    help_text = "largest difference of two logits, relative to the largest logit; default: %(default)s"
+    limits.add_argument("--max-difference", metavar="X", type=_TEMPERATURE, default=2e-5, help=help_text)
+    help_text = "share of positions with the same likeliest token; default: %(default)s"
+    limits.add_argument("--min-top1", metavar="P", type=_SHARE, default=1.0, help=help_text)
+    help_text = "largest KL divergence of a position, in nats; default: %(default)s"
+    limits.add_argument("--max-kl", metavar="K", type=_TEMPERATURE, default=1e-7, help=help_text)
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print the whole result as JSON")
+    parser.set_defaults(run=_verify)
+
+
+def _verify(**options: Any) -> int:
+    from ckpt_tools.verify import verify
+
+    return verify(**options)
+
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "path", metavar="PATH", type=Path, help="model folder, checkpoint, adapter, .safetensors or .gguf"
+    )
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON in place of tables")
+    parser.set_defaults(run=_inspect)
+
+
+def _inspect(**options: Any) -> int:
+    from ckpt_tools.inspect import inspect
+
+    return inspect(**options)
+
+
+def _add_merge(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("base", metavar="BASE", type=Path, help="Hugging Face folder")
+    parser.add_argument("adapter", metavar="ADAPTER", type=Path, help="PEFT LoRA folder")
+    parser.add_argument("destination", metavar="DST", type=Path, help="Hugging Face folder to write; must not exist")
+    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: the base's own dtypes")
+    parser.set_defaults(run=_merge)
+
+
+def _merge(*, base: Path, adapter: Path, destination: Path, dtype: str | None) -> int:
+    from ckpt_tools.merge import merge
+
+    merge(base, adapter, destination, dtype=dtype)
+    print(f"{destination}: {base} with {adapter} merged")
+    return 0
 
 
 def _add_validate(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ from mcore_swift.errors import InputError
 from mcore_swift.weights.safetensors_io import INDEX, SafetensorsFolder
 from tests.distributed.tiny_models import tiny_folder, tiny_model
 
-SMALL = {"num_hidden_layers": 2}
+SMALL: dict[str, Any] = {"num_hidden_layers": 2}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 # name → (variant, LoraConfig's arguments)
@@ -161,10 +161,10 @@ def _truncated(adapter: Path) -> None:
 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
-BAD: dict[str, tuple[Callable[[Path], None], str]] = {
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda a: (a / CONFIG).unlink(), f"there is no {CONFIG}; a PEFT adapter folder is needed"),
     "config is not JSON": (lambda a: (a / CONFIG).write_text("{"), f"{CONFIG}: not valid JSON"),
-    "config is a list": (lambda a: (a / CONFIG).write_text("[]") and None, "found a list, needed is a JSON object"),
+    "config is a list": (lambda a: (a / CONFIG).write_text("[]"), "found a list, needed is a JSON object"),
     "another method": (_edit_config(peft_type="LOHA"), "peft_type: 'LOHA' is not supported; allowed: ['LORA']"),
     "no method": (_edit_config(peft_type=None), "peft_type: None is not supported"),
     "biases": (_edit_config(bias="all"), "bias: 'all' is not supported; allowed: ['none']"),
