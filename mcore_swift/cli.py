@@ -59,7 +59,6 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(verbs.add_parser("train", help="train a model as a recipe says", allow_abbrev=False))
     _add_generate(verbs.add_parser("generate", help="let a model answer a prompt", allow_abbrev=False))
     _add_convert(verbs.add_parser("convert", help="Hugging Face to Megatron, and back; GGUF", allow_abbrev=False))
-    _add_convert(verbs.add_parser("convert", help="Hugging Face to Megatron, and back; GGUF", allow_abbrev=False))
     _add_verify(verbs.add_parser("verify", help="are two models the same? tensors, config, logits", allow_abbrev=False))
     _add_inspect(verbs.add_parser("inspect", help="say what a folder or file of weights holds", allow_abbrev=False))
     _add_merge(verbs.add_parser("merge", help="fold a PEFT LoRA adapter into its base model", allow_abbrev=False))
@@ -157,29 +156,6 @@ def _generate(**options: Any) -> int:
     from mcore_swift.training.generate import generate
 
     return generate(**options)
-
-
-def _add_convert(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Hugging Face folder to Megatron checkpoint, Megatron checkpoint to Hugging Face folder, GGUF file to Hugging "
-        "Face folder: found from the contents. DST appears when it is complete; an interrupted run is taken up again."
-    )
-    parser.add_argument("source", metavar="SRC", help="folder, GGUF file, or hub id in the local cache")
-    parser.add_argument("destination", metavar="DST", type=Path, help="folder to write; must not exist")
-    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: each tensor's own")
-    parser.add_argument("--workers", metavar="N", type=_COUNT, help="processes; default: as many as help")
-    parser.add_argument("--max-shard-size", metavar="SIZE", help="of a file, such as 500MB; default: 5GB")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be read and written, and stop")
-    parser.add_argument("--config", metavar="FOLDER", type=Path, help="of a Megatron checkpoint that lacks hf/")
-    parser.add_argument("--strict", action="store_true", help="refuse NaN and infinite values")
-    parser.add_argument("--download", action="store_true", help="fetch a hub id that is not in the local cache")
-    parser.set_defaults(run=_convert)
-
-
-def _convert(**options: Any) -> int:
-    from ckpt_tools.convert import convert_verb
-
-    return convert_verb(**options)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,6 @@ VERBS = {
     "train": "RECIPE --print-recipe --help-recipe",
     "generate": "MODEL --prompt --max-new-tokens --temperature --top-p --seed --raw --tp --pp --device",
     "convert": "SRC DST --dtype --workers --max-shard-size --dry-run --config --strict --download",
-    "convert": "SRC DST --dtype --workers --max-shard-size --dry-run --config --strict --download",
     "verify": "A B --any-dtype --max-ulp --config --logits --text --windows --window-length --max-difference "
     "--min-top1 --max-kl --json",
     "inspect": "PATH --json",
