@@ -51,6 +51,8 @@ class Distance:
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> Distance:
     """Of two tensors of one shape, bf16, fp16 or fp32; of different dtypes in the coarser. −0 and 0 are 1 ulp apart."""
+    import torch
+
     elements = ulp = worst = bad_a = bad_b = 0
     flat_a, flat_b = a.flatten(), b.flatten()
     for start in range(0, len(flat_a), BLOCK):
@@ -58,6 +60,8 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> Distance:
         bad_a += int((~x.isfinite()).sum())
         bad_b += int((~y.isfinite()).sum())
         if x.dtype == y.dtype:
+            if torch.equal(_bits(x), _bits(y)):  # by far the fastest way through models that are the same
+                continue
             apart = (_ordinal(x) - _ordinal(y)).abs()
             elements += int((apart != 0).sum())
         else:
@@ -70,11 +74,17 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> Distance:
     return Distance(elements, ulp, worst, bad_a, bad_b)
 
 
+def _bits(values: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return values.view(torch.int32 if values.dtype == torch.float32 else torch.int16)
+
+
 def _ordinal(values: torch.Tensor) -> torch.Tensor:
     """int64 numbers in the order of the values: neighbours are 1 apart, through zero as well."""
     import torch
 
-    bits = values.view(torch.int32 if values.dtype == torch.float32 else torch.int16).long()
+    bits = _bits(values).long()
     low = 0x7FFFFFFF if values.dtype == torch.float32 else 0x7FFF
     return torch.where(bits < 0, bits ^ low, bits)
 

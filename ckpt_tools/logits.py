@@ -73,7 +73,7 @@ def read_windows(path: Path, a: TensorSource, b: TensorSource, *, windows: int, 
     import torch
 
     text = _read_text(path)
-    ids = _tokenizer(a, b)(text, add_special_tokens=False)["input_ids"]
+    ids = _tokenizer(a, b)(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < windows * length:
         raise InputError(
             f"{path}: the text has {len(ids):,} tokens, but {windows} windows of {length} need {windows * length:,};"
@@ -196,7 +196,9 @@ def _report(engine_a: str, engine_b: str, rows: list[dict[str, torch.Tensor]], l
 def _transformers(source: TensorSource) -> Forward:
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         source.path,
         dtype=torch.float32,

@@ -73,9 +73,9 @@ def verify(
     text: Path | None = None,
     windows: int = 4,
     window_length: int = 256,
-    max_difference: float = 2e-5,
+    max_difference: float = 1e-5,
     min_top1: float = 1.0,
-    max_kl: float = 1e-7,
+    max_kl: float = 1e-8,
     as_json: bool = False,
 ) -> int:
     """Compares two models, prints the result, and returns the exit code: 0 the same, 1 not.

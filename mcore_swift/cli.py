@@ -206,11 +206,11 @@ def _add_verify(parser: argparse.ArgumentParser) -> None:
     )
     limits = parser.add_argument_group("what logits must keep")
     help_text = "largest difference of two logits, relative to the largest logit; default: %(default)s"
-    limits.add_argument("--max-difference", metavar="X", type=_TEMPERATURE, default=2e-5, help=help_text)
+    limits.add_argument("--max-difference", metavar="X", type=_TEMPERATURE, default=1e-5, help=help_text)
     help_text = "share of positions with the same likeliest token; default: %(default)s"
     limits.add_argument("--min-top1", metavar="P", type=_SHARE, default=1.0, help=help_text)
     help_text = "largest KL divergence of a position, in nats; default: %(default)s"
-    limits.add_argument("--max-kl", metavar="K", type=_TEMPERATURE, default=1e-7, help=help_text)
+    limits.add_argument("--max-kl", metavar="K", type=_TEMPERATURE, default=1e-8, help=help_text)
     parser.add_argument("--json", dest="as_json", action="store_true", help="print the whole result as JSON")
     parser.set_defaults(run=_verify)
 

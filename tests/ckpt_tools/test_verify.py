@@ -416,3 +416,12 @@ def test_bad_input_for_logits(
         ((silent, silent, "--text", text), "is a tokenizer; logits are compared on its tokens"),
     ):
         assert message in failure(capsys, *argv, "--logits")
+
+
+@pytest.mark.slow
+def test_a_real_model_through_both_engines(smollm2: Path, data_folder: Path, capsys: Any) -> None:
+    """SmolLM2's own tokens of Wikipedia, within the default limits."""
+    text = data_folder / "wikipedia_head.jsonl"
+    argv = (smollm2, smollm2, "--logits", "--text", text, "--windows", 2, "--window-length", 128)
+    found = result(capsys, 0, *argv)["logits"]
+    assert found["positions"] == 256 and 0 < found["relative"] < 5e-6 and found["max_kl"] < 1e-9
