@@ -27,6 +27,8 @@ from mcore_swift.errors import InputError
 
 PIECE_BYTES = 1 << 20
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+SYNC_FILE_RANGE_WRITE = 2  # linux/fs.h
+_LIBC = ctypes.CDLL(None)
 # For each dtype: signed and unsigned integers of its width, and its +Inf's bits. A value is finite when its bits,
 # without the sign, are less: two maxima decide it for a whole piece.
 _BITS = {
@@ -68,6 +70,7 @@ class Worker:
             nonfinite += count_nonfinite(piece, target.dtype)
             start = block.start + (first - block.offset[0]) * target.row_bytes
             _write(self.targets[block.file], memoryview(piece), start)
+        _start_writeback(self.targets[block.file], block.start, task, target)
         return Done(number, (task.last - task.first) * target.row_bytes, nonfinite)
 
     def _fill(self, out: np.ndarray, task: Task, target: Stored, first: int, last: int) -> None:
@@ -114,6 +117,18 @@ def _write(descriptor: int, data: memoryview, start: int) -> None:
     while data:
         count = os.pwrite(descriptor, data, start)
         data, start = data[count:], start + count
+
+
+def _start_writeback(descriptor: int, start: int, task: Task, target: Stored) -> None:
+    """Asks the kernel to begin to write the task's bytes to the disk, so that the sync at the end has less to wait for.
+
+    Advice only: where the file system doesn't know it, nothing happens.
+    """
+    length = (task.last - task.first) * target.row_bytes
+    offset = start + (task.first - target.blocks[task.block].offset[0]) * target.row_bytes
+    _LIBC.sync_file_range(
+        descriptor, ctypes.c_int64(offset), ctypes.c_int64(length), ctypes.c_uint(SYNC_FILE_RANGE_WRITE)
+    )
 
 
 # --- the journal ------------------------------------------------------------------------------------------------------
@@ -206,7 +221,7 @@ def _receive(reader: Any) -> Any:
 def _child(
     transfer: Transfer, numbers: list[int], journal: Path, position: Any, writer: Connection, parent: int
 ) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a worker must not write on after the lock is gone
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a worker must not write on after the lock is gone
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to handle
     if os.getppid() != parent:
         os._exit(1)

@@ -1,6 +1,6 @@
 """Conversion speed beside `cp -r` and transformers' load + save of the same folder, on the same disk, in turns.
 
-    python -m perf.bench_convert FOLDER [--layers 28] [--rounds 1] [--output result.json]
+    python -m perf.bench_convert FOLDER [--layers 28] [--rounds 1] [--without CONTENDER] [--output result.json]
 
 Makes a Qwen3-shaped model of about 4 GB (28 layers) in FOLDER, and deletes it at the end. Each contender runs in a fork
 of this process, so imports don't count for any of them. Warm: the source is in the page cache; cold: it was dropped.
@@ -19,7 +19,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +197,7 @@ def _ours(workers: int) -> Callable[[Path, Path], None]:
     return run
 
 
-def run_rounds(folder: Path, num_bytes: int, *, rounds: int) -> Iterator[Row]:
+def run_rounds(folder: Path, num_bytes: int, *, rounds: int, without: str | None) -> Iterator[Row]:
     """All contenders in turns: to Megatron and back, warm and cold."""
     model, megatron, out = folder / "model", folder / "megatron", folder / "out"
     ours = {f"mcore-swift, {n} worker{'s'[: n > 1]}": _ours(n) for n in (1, 2, 4)}
@@ -208,6 +208,8 @@ def run_rounds(folder: Path, num_bytes: int, *, rounds: int) -> Iterator[Row]:
                 if source == model:
                     contenders["transformers load + save"] = _transformers
                 for name, work in contenders.items():
+                    if name == without:
+                        continue
                     (warm_cache if cache == "warm" else drop_cache)(source)
                     seconds, synced, peak = measure(lambda work=work, source=source: work(source, out))
                     if direction == "to Megatron" and work in ours.values() and not megatron.exists():
@@ -224,7 +226,7 @@ def with_ratios(rows: list[Row]) -> list[Row]:
         if key not in best or row.seconds < best[key].seconds:
             best[key] = row
     return [
-        Row(**(asdict(row) | {"of_cp": row.speed / best[direction, cache, "cp -r"].speed}))
+        replace(row, of_cp=row.speed / best[direction, cache, "cp -r"].speed)
         for (direction, cache, _), row in sorted(best.items(), reverse=True)
     ]
 
@@ -245,6 +247,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where to work; on the disk to be measured, with room for 4 copies")
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--without", metavar="CONTENDER", help="leave one out, such as 'transformers load + save'")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     from transformers import Qwen3ForCausalLM
@@ -253,12 +256,11 @@ def main() -> None:
     folder = options.folder / "bench_convert"
     try:
         num_bytes = make_model(folder / "model", options.layers)
-        print(
-            f"model: {num_bytes / 1e9:.2f} GB, largest tensor {SHAPE['vocab_size'] * SHAPE['hidden_size'] * 2 / 1e9:.2f} GB"
-        )
+        largest = max(spec.nbytes for spec in qwen3_tensors(options.layers).values())
+        print(f"model: {num_bytes / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB")
         cli.main(["convert", str(folder / "model"), str(folder / "out"), "--dry-run"])  # imports what it needs
         rows = []
-        for row in run_rounds(folder, num_bytes, rounds=options.rounds):
+        for row in run_rounds(folder, num_bytes, rounds=options.rounds, without=options.without):
             print(f"{row.direction}, {row.cache}, {row.contender}: {row.speed:,.0f} MB/s", flush=True)
             rows.append(row)
     finally:

@@ -1,8 +1,8 @@
 """A plain Megatron-Core program, with none of this project's code: loads a converted checkpoint and gives its logits.
 
-It shows that what `mcore-swift convert` writes is an ordinary Megatron checkpoint. `logits` runs on a rank of tp × pp; the
-environment variables of torchrun are expected. Written for CPU ranks of the tests; on GPUs nothing but the backend
-would differ.
+It shows that what `mcore-swift convert` writes is an ordinary Megatron checkpoint. `logits` runs on one of tp × pp
+ranks; the environment variables of torchrun are expected. Written for CPU ranks of the tests; on GPUs nothing but the
+backend would differ.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def build(hf: dict[str, Any], tp: int, pp: int) -> GPTModel:
 def load(model: GPTModel, checkpoint: Path) -> None:
     """Fills this rank's model; any layout will do."""
     wanted = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
-    model.load_state_dict(dist_checkpointing.load(wanted, str(checkpoint)))
+    model.load_state_dict(dist_checkpointing.load(wanted, str(checkpoint)))  # type: ignore[arg-type]
 
 
 def logits(checkpoint: Path, hf: dict[str, Any], tokens: torch.Tensor, tp: int, pp: int) -> torch.Tensor | None:

@@ -149,7 +149,7 @@ def quantize(folder: Path, target: Path) -> Tensors:
 
 
 def test_fp8_blocks_are_decoded_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    large = {"hidden_size": 160, "intermediate_size": 300, "num_attention_heads": 8, "head_dim": 24}
+    large: dict[str, Any] = {"hidden_size": 160, "intermediate_size": 300, "num_attention_heads": 8, "head_dim": 24}
     folder = tiny_folder(tmp_path / "hf", "qwen3", **large)
     meant = quantize(folder, tmp_path / "fp8")
     monkeypatch.setattr(transfer, "PIECE_BYTES", 5000)  # pieces that don't end where blocks do
