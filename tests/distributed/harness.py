@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import importlib
 import logging
 import os
@@ -69,6 +70,9 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     prepared()
     sys.stdout.flush()
     sys.stderr.flush()
+    # A rank must not collect the parent's garbage: what had threads in the parent has none to join in a fork.
+    gc.collect()
+    gc.freeze()
     port = _free_port()
     ranks: list[_Rank] = []
     try:
@@ -76,6 +80,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
             ranks.append(_start(number, world_size, port, fn, args, [rank.pipe for rank in ranks]))
         order = _collect(ranks, timeout)
     finally:
+        gc.unfreeze()
         for rank in ranks:
             rank.end()
     failures = [rank for rank in order if not rank.succeeded] + [rank for rank in ranks if rank not in order]
