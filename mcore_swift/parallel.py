@@ -105,6 +105,11 @@ def shutdown() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    # Megatron 0.19.2 forgets some of its groups. Kept, they would be freed by whoever makes the next ones: in a fork of
+    # this process that is a crash, because the threads they join are not there.
+    for name, value in list(vars(parallel_state).items()):
+        if isinstance(value, dist.ProcessGroup):
+            setattr(parallel_state, name, None)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import json
 import os
 import signal
@@ -120,9 +119,6 @@ def _fork(fn: Entry, *, ranks: int, preload: Callable[[], None], threads: int) -
         preload()
     torch = sys.modules.get("torch")
     assert torch is None or not torch.cuda.is_initialized(), "CUDA was initialized before the ranks were forked"
-    # The ranks share this memory and must not collect its garbage: what had threads here has none to join in a fork.
-    gc.collect()
-    gc.freeze()
     port, parent = rank_env.free_port(), os.getpid()
     sys.stdout.flush()
     sys.stderr.flush()

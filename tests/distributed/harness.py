@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import gc
 import importlib
 import logging
 import os
@@ -70,9 +69,6 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     prepared()
     sys.stdout.flush()
     sys.stderr.flush()
-    # A rank must not collect the parent's garbage: what had threads in the parent has none to join in a fork.
-    gc.collect()
-    gc.freeze()
     port = _free_port()
     ranks: list[_Rank] = []
     try:
@@ -80,7 +76,6 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
             ranks.append(_start(number, world_size, port, fn, args, [rank.pipe for rank in ranks]))
         order = _collect(ranks, timeout)
     finally:
-        gc.unfreeze()
         for rank in ranks:
             rank.end()
     failures = [rank for rank in order if not rank.succeeded] + [rank for rank in ranks if rank not in order]
