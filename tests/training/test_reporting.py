@@ -141,18 +141,22 @@ def test_an_edited_metrics_file_is_named(tmp_path: Path):
         MetricsFile().on_start(info(tmp_path, steps_done=1))
 
 
+CUT = "data: 3 rows were longer than data.sequence_length and were cut (data.too_long)"
+
+
 def test_plain_line_for_a_log_file(capsys: pytest.CaptureFixture[str]):
     drive([ProgressLine(interval=5)], info(None), range(1, 13), eval_every=12, end=finished())
     out = capsys.readouterr().out
     assert "\x1b" not in out and "\r" not in out
-    lines = out.splitlines()
-    assert lines[0] == "SmolLM2-135M: 134.5 M parameters, TP1 PP2 DP1, NVIDIA H100 80GB HBM3"
-    assert [line.split(" | ")[0] for line in lines[1:5]] == ["step  1/12", "step  5/12", "step 10/12", "step 12/12"]
-    assert lines[3] == (
+    title, cut, *lines = out.splitlines()
+    assert title == "SmolLM2-135M: 134.5 M parameters, TP1 PP2 DP1, NVIDIA H100 80GB HBM3"
+    assert cut == CUT
+    assert [line.split(" | ")[0] for line in lines[:4]] == ["step  1/12", "step  5/12", "step 10/12", "step 12/12"]
+    assert lines[2] == (
         "step 10/12 | loss 2.0333 | lr 1.00e-05 | grad norm 1 | 1,024 tokens/s/GPU | 500 TFLOP/s/GPU | MFU 50.0% | "
         "12.5 GiB | ETA 0:00:04"
     )
-    assert lines[5:] == ["step 12: eval_loss 2.3800"]
+    assert lines[4:] == ["step 12: eval_loss 2.3800"]
 
 
 def test_plain_line_on_the_cpu_platform(capsys: pytest.CaptureFixture[str]):
@@ -162,6 +166,7 @@ def test_plain_line_on_the_cpu_platform(capsys: pytest.CaptureFixture[str]):
     line.on_checkpoint(7, Path("runs/demo/step_7"))
     assert capsys.readouterr().out.splitlines() == [
         "SmolLM2-135M: 134.5 M parameters, TP1 PP2 DP1, CPU, resumed after step 6",
+        CUT,
         "step  7/12 | loss 2.0476 (skipped) | lr 1.43e-05 | grad norm 0.7 | accuracy 0.5 | 1,024 tokens/s/rank | "
         "0.0121 TFLOP/s/rank | ETA 0:00:10",
         "step 7: checkpoint runs/demo/step_7",
