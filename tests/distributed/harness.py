@@ -67,6 +67,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     Raises RankFailure when a rank raises, dies, or is not done after `timeout` seconds. No rank outlives the call.
     """
     prepared()
+    torch.set_num_threads(1)  # another test may have raised it: a fork of a process with an OpenMP pool hangs in it
     sys.stdout.flush()
     sys.stderr.flush()
     port = _free_port()
