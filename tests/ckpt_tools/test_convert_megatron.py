@@ -24,6 +24,8 @@ from tests.training.checkpoint_run import layout, save_rank, with_checkpoints
 VARIANTS = ("llama", "qwen2-tied", "qwen3")
 TOKENS = torch.arange(40).view(2, 20) * 7 % 101
 
+pytestmark = pytest.mark.slow  # models are built at several layouts
+
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
