@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from mcore_swift import parallel
 from mcore_swift.errors import InputError, nearest
-from mcore_swift.weights.live import SHARDING
+from mcore_swift.weights.live import sharded_state
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -65,7 +65,7 @@ def model_items(chunks: Sequence[Module]) -> ModelItems:
     objects = []
     for chunk in chunks:
         chunk = getattr(chunk, "module", chunk)
-        for name, item in chunk.sharded_state_dict(metadata=SHARDING).items():  # type: ignore[operator]
+        for name, item in sharded_state(chunk).items():
             if isinstance(item, ShardedObject):
                 objects.append((chunk, name, item))
                 continue

@@ -23,8 +23,6 @@ from mcore_swift.weights.rules import TensorRule
 if TYPE_CHECKING:
     from torch.nn import Module
 
-# One key a layer; layers are not stacked, so that uneven pipelines have the same keys.
-SHARDING = {"non_homogeneous_layers": True}
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers that old Hugging Face folders carry
@@ -41,6 +39,13 @@ class Shard:
     main: bool  # False: the same part is held elsewhere too (tied embedding of the last stage)
 
 
+def sharded_state(chunk: Module) -> dict[str, Any]:
+    """Megatron's sharded state of one model chunk, with one key a layer: stacked layers would have other keys in an
+    uneven pipeline."""
+    # A new dict each time: Megatron keeps the data parallel group in it, and would use it in the next layout too.
+    return chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True})  # type: ignore[operator]
+
+
 def local_shards(
     chunks: Sequence[Module], *, value: Callable[[torch.Tensor], torch.Tensor] = lambda parameter: parameter.data
 ) -> list[Shard]:
@@ -53,7 +58,7 @@ def local_shards(
 
     shards = []
     for chunk in chunks:
-        for item in chunk.sharded_state_dict(metadata=SHARDING).values():  # type: ignore[operator]
+        for item in sharded_state(chunk).values():
             if not isinstance(item, ShardedTensor | ShardedTensorFactory):
                 continue  # Transformer Engine's extra state
             assert item.data is not None

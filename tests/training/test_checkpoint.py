@@ -116,10 +116,10 @@ def test_weights_alone_at_another_layout_and_dtype(model_folder: Path, tmp_path:
 def megatron_rank(recipe: Recipe, path: Path) -> Any:
     from megatron.core import dist_checkpointing
 
-    from mcore_swift.weights.live import SHARDING
+    from mcore_swift.weights.live import sharded_state
 
     chunk = open_model(recipe).chunks[0]
-    state = chunk.sharded_state_dict(metadata=SHARDING)
+    state = sharded_state(chunk)
     loaded: Any = dist_checkpointing.load(state, str(path))
     chunk.load_state_dict({key: value for key, value in loaded.items() if isinstance(value, torch.Tensor)})
     return chunk.state_dict()["decoder.layers.0.mlp.linear_fc1.weight"].clone()

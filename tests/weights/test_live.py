@@ -65,6 +65,15 @@ def load_and_export(
     return tensors.bytes_read, own
 
 
+def replicas_after_another_layout(folder: Path) -> set[int]:
+    """On each rank: the data parallel replica numbers of all that a DP2 model holds, in a process that was TP2."""
+    live.sharded_state(open_chunks(folder, ParallelSection(tp=2), torch.float32)[1][0])
+    parallel.shutdown()
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
+    _, (chunk,), _ = open_chunks(folder, ParallelSection(dp=2), torch.float32)
+    return {item.replica_id[-1] for item in live.sharded_state(chunk).values()}
+
+
 def ranks_of(layout: ParallelSection) -> int:
     return parallel.resolve(layout, world_size=None).world_size
 
@@ -309,3 +318,8 @@ def test_disk_full(tmp_path: Path, models: Any, call: str, rank: str) -> None:
         assert message == f"{destination}: could not be written: No space left on device; nothing was left there"
         assert left == ["hf"]
     assert [path.name for path in destination.iterdir()] == ["earlier"]
+
+
+def test_a_process_may_change_its_layout(models: Any) -> None:
+    """Megatron keeps the data parallel group in the metadata that it is given: a later layout must not find it there."""
+    assert run_ranks(replicas_after_another_layout, 2, models("qwen3", torch.float32)) == [{0}, {1}]
