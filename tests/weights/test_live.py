@@ -321,5 +321,5 @@ def test_disk_full(tmp_path: Path, models: Any, call: str, rank: str) -> None:
 
 
 def test_a_process_may_change_its_layout(models: Any) -> None:
-    """Megatron keeps the data parallel group in the metadata that it is given: a later layout must not find it there."""
+    """Megatron keeps the data parallel group in the metadata it is given: a later layout must not find it there."""
     assert run_ranks(replicas_after_another_layout, 2, models("qwen3", torch.float32)) == [{0}, {1}]
