@@ -1,13 +1,13 @@
 # Every target that runs code does the set-up first: `make demo` and `make test` work on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint
+.PHONY: help setup demo test check matrix lint
 
 PYTEST_WORKERS ?= 2
 RUN := .venv/bin
 
 # Tests start many processes on few cores: one thread each. Nothing is ever fetched from a hub.
-test check: export OMP_NUM_THREADS := 1
-test check demo: export HF_HUB_OFFLINE := 1
+test check matrix: export OMP_NUM_THREADS := 1
+test check matrix demo: export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 help: ## show this list
@@ -19,11 +19,14 @@ setup: ## make .venv with Python 3.12 and the pinned dependencies (EXTRAS="cuda 
 demo: setup ## fine-tune a real model on two pipeline stages on the CPU, and ask it a question before and after
 	@$(RUN)/python -m launch.demo
 
-test: setup ## run every test
-	$(RUN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist worksteal
+test: setup ## run every test but the full matrix of families and layouts
+	$(RUN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist worksteal -m "not nightly"
+
+matrix: setup ## run that matrix too: every family at every layout (hours on two cores)
+	$(RUN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist worksteal -m nightly
 
 check: setup lint ## run the quick tests, ruff and pyright: for working
-	$(RUN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist worksteal -m "not slow"
+	$(RUN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist worksteal -m "not slow and not nightly"
 
 lint: setup ## run ruff and pyright
 	$(RUN)/ruff check

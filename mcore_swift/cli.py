@@ -120,7 +120,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 def _train(*, recipe: Path | None, print_recipe: bool, help_recipe: bool, overrides: Sequence[str] = ()) -> int:
     from mcore_swift import recipe_io
-    from mcore_swift.recipe import check_recipe
+    from mcore_swift.recipe_checks import check_recipe
 
     if help_recipe:
         print(recipe_io.recipe_help(), end="")

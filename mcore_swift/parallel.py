@@ -60,6 +60,13 @@ def resolve(section: ParallelSection, *, world_size: int | None) -> ParallelPlan
     dp = section.dp if section.dp is not None else (world_size or model_ranks) // model_ranks
     if world_size is not None and dp * model_ranks != world_size:
         raise InputError(f"parallel: {sizes} × dp {dp} = {dp * model_ranks} ranks, but the job has {world_size}")
+    etp = section.etp if section.etp is not None else section.tp
+    stage_ranks = section.tp * section.cp * dp
+    if section.ep > 1 and stage_ranks % (section.ep * etp):
+        raise InputError(
+            f"parallel.ep: ep {section.ep} × etp {etp} = {section.ep * etp} ranks do not divide the {stage_ranks} ranks"
+            f" of a pipeline stage (tp {section.tp} × cp {section.cp} × dp {dp})"
+        )
     sequence_parallel = section.tp > 1 if section.sequence_parallel is None else section.sequence_parallel
     return ParallelPlan(
         tp=section.tp,
@@ -67,7 +74,7 @@ def resolve(section: ParallelSection, *, world_size: int | None) -> ParallelPlan
         vpp=section.vpp,
         cp=section.cp,
         ep=section.ep,
-        etp=section.etp if section.etp is not None else section.tp,
+        etp=etp,
         dp=dp,
         sequence_parallel=sequence_parallel,
     )
@@ -91,7 +98,7 @@ def initialize(plan: ParallelPlan, platform: Platform, *, seed: int) -> None:
         virtual_pipeline_model_parallel_size=plan.vpp if plan.vpp > 1 else None,
         context_parallel_size=plan.cp,
         expert_model_parallel_size=plan.ep,
-        expert_tensor_parallel_size=plan.etp if plan.ep > 1 else None,
+        expert_tensor_parallel_size=plan.etp,
         create_gloo_process_groups=platform.name == "cpu",
     )
     model_parallel_cuda_manual_seed(seed)
@@ -164,6 +171,21 @@ def dp_group() -> ProcessGroup:
     from megatron.core import parallel_state
 
     return cast(Any, parallel_state.get_data_parallel_group(with_context_parallel=True))
+
+
+def weight_groups() -> tuple[ProcessGroup, ProcessGroup]:
+    """The ranks that share out a dense tensor, and the ranks that hold the same part of it."""
+    return tp_group(), dp_group()
+
+
+def expert_weight_groups() -> tuple[ProcessGroup, ProcessGroup]:
+    """The same of one expert's tensors."""
+    from megatron.core import parallel_state
+
+    return (
+        cast(Any, parallel_state.get_expert_tensor_parallel_group()),
+        cast(Any, parallel_state.get_expert_data_parallel_group()),
+    )
 
 
 def on_first_rank(action: Callable[[], None]) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from mcore_swift.errors import InputError
-from mcore_swift.recipe import DataSection, ModelSection, Recipe, SourceSection, check_recipe
+from mcore_swift.recipe import DataSection, ModelSection, Recipe, SourceSection
+from mcore_swift.recipe_checks import check_recipe
 from mcore_swift.recipe_io import check_files, dump_recipe, load_recipe, recipe_help
 
 SMALL = """\
@@ -209,8 +210,6 @@ CONTRADICTIONS = [
     ("--runtime.profile_steps [0]", "runtime.profile_steps: found [0]; it must be steps counted from 1"),
     ("--model.path ''", "model.path: found ''; it must be a path, not an empty text"),
     ("--parallel.cp 2", "parallel.cp: 2 is not supported yet; allowed: 1"),
-    ("--parallel.ep 2", "parallel.ep: 2 is not supported yet; allowed: 1"),
-    ("--parallel.etp 1", "parallel.etp: 1 is not supported yet; leave it out"),
     ("--model.overrides {num_hidden_layers: 2}", "they need model.init: random"),
     ("--parallel.sequence_parallel true", "parallel.sequence_parallel: true needs parallel.tp > 1"),
     ("--parallel.vpp 2", "parallel.vpp: 2 model chunks a pipeline rank need parallel.pp > 1"),

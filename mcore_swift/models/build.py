@@ -109,6 +109,15 @@ def transformer_config(
         "calculate_per_token_loss": True,  # gradients are divided by the global token count
         "moe_token_dispatcher_type": "alltoall",  # the default one is refused for micro-batches of differing lengths
     }
+    if fields.get("num_moe_experts"):
+        fields |= {
+            "expert_model_parallel_size": plan.ep,
+            "expert_tensor_parallel_size": plan.etp,
+            "moe_grouped_gemm": platform.layers == "transformer_engine",
+            "moe_router_dtype": "fp32",
+            "moe_aux_loss_coeff": 0.0,
+            "moe_router_load_balancing_type": "none",
+        }
     return TransformerConfig(**(fields | platform.transformer_config() | (extra or {})))  # type: ignore[arg-type]
 
 
@@ -127,6 +136,7 @@ def check_layout(source: ModelSource, plan: ParallelPlan) -> None:
                 f"parallel.tp: {plan.tp} does not divide the model's {value} {name} ({source.folder});"
                 f" allowed: {', '.join(map(str, allowed))}"
             )
+    check_experts(source, plan, fields)
     if plan.pp * plan.vpp > layers:
         raise InputError(
             f"parallel.pp: pp {plan.pp} × vpp {plan.vpp} is more than the model's {layers} layers ({source.folder})"
@@ -136,6 +146,25 @@ def check_layout(source: ModelSource, plan: ParallelPlan) -> None:
             f"parallel.pp: pp {plan.pp} × vpp {plan.vpp} does not divide the model's {layers} layers ({source.folder});"
             f" allowed products: {', '.join(str(n) for n in range(1, layers + 1) if layers % n == 0)}"
         )
+
+
+def check_experts(source: ModelSource, plan: ParallelPlan, fields: dict[str, Any]) -> None:
+    experts = fields.get("num_moe_experts")
+    if experts is None:
+        if plan.ep > 1 or plan.etp != plan.tp:
+            name, size = ("ep", plan.ep) if plan.ep > 1 else ("etp", plan.etp)
+            raise InputError(f"parallel.{name}: {size}, but {source.family.name} has no experts ({source.folder})")
+        return
+    for name, size, count, what in (
+        ("ep", plan.ep, experts, "experts"),
+        ("etp", plan.etp, fields["moe_ffn_hidden_size"], "expert ffn size"),
+    ):
+        if count % size:
+            allowed = [n for n in range(1, count + 1) if count % n == 0]
+            raise InputError(
+                f"parallel.{name}: {size} does not divide the model's {count} {what} ({source.folder});"
+                f" allowed: {', '.join(map(str, allowed))}"
+            )
 
 
 def build_chunks(

@@ -20,10 +20,19 @@ GLOBAL_KEYS = {
     "head": "output_layer",
     "mixer": "decoder.layers.{i}.self_attention",
     "ffn": "decoder.layers.{i}.mlp",
+    "layer": "decoder.layers.{i}",
+    "experts": "decoder.layers.{i}.mlp.experts.experts",
+    "shared": "decoder.layers.{i}.mlp.shared_experts",
 }
 
 # TransformerConfig's defaults of the fields that rules read and that not every family sets.
-_DEFAULTS = {"add_qkv_bias": False, "add_bias_linear": False, "qk_layernorm": False}
+_DEFAULTS = {
+    "add_qkv_bias": False,
+    "add_bias_linear": False,
+    "qk_layernorm": False,
+    "num_moe_experts": None,
+    "moe_layer_freq": 1,
+}
 
 
 def rule_config(source: ModelSource) -> Any:

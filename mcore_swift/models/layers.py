@@ -13,19 +13,15 @@ from typing import Any, cast
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from torch import Tensor, nn
 
+from mcore_swift.models.attention import TorchAttention
 from mcore_swift.platform import Platform
+from mcore_swift.weights.rules import is_moe_layer
 
 
 class RMSNorm(nn.RMSNorm):
@@ -34,68 +30,6 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
-class TorchAttention(nn.Module):
-    """Causal attention by torch's scaled_dot_product_attention: packed (THD) or not, grouped queries, sliding window.
-
-    query: [s, b, heads, head_dim], or packed [t, heads, head_dim]; key, value the same with query groups for heads.
-    Returns [s, b, heads · head_dim], or packed [t, heads · head_dim]. Documents of a packed sequence, bounded by
-    `cu_seqlens_q`, don't see each other.
-    """
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        softmax_scale: float | None = None,
-        **_: Any,
-    ) -> None:
-        super().__init__()
-        assert attn_mask_type is AttnMaskType.causal and attention_type == "self"
-        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)  # type: ignore[arg-type]
-        self.window = config.window_size[0] if windowed and config.window_size else None
-        self.dropout = config.attention_dropout
-        self.scale = softmax_scale
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: Tensor | None = None,
-        packed_seq_params: PackedSeqParams | None = None,
-    ) -> Tensor:
-        if packed_seq_params is None:  # [s, b, n, d] → [b, n, s, d]
-            out = self._attend(*(t.permute(1, 2, 0, 3) for t in (query, key, value)))
-            return out.permute(2, 0, 1, 3).flatten(2)
-        lengths = cast(Tensor, packed_seq_params.cu_seqlens_q).diff().tolist()
-        documents = zip(*(t.transpose(0, 1).split(lengths, dim=1) for t in (query, key, value)), strict=True)
-        out = torch.cat([self._attend(q[None], k[None], v[None])[0] for q, k, v in documents if q.size(1)], dim=1)
-        return out.transpose(0, 1).flatten(1)
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [b, heads, s, d], key, value [b, groups, t, d] → [b, heads, s, d]; the queries are the last s of t."""
-        queries, keys = query.size(2), key.size(2)
-        mask = None
-        windowed = self.window is not None and self.window < keys - 1
-        if windowed or 1 < queries < keys:
-            distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)[None, :]
-            mask = (distance >= 0) & (distance <= (self.window if windowed else keys))  # type: ignore[operator]
-        return nn.functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and queries > 1,
-            scale=self.scale,
-            enable_gqa=query.size(1) != key.size(1),
-        )
 
 
 class FusedWgradLayer(TransformerLayer):
@@ -116,16 +50,35 @@ def decoder_spec(
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The decoder's layers for this config on this platform. `chunk`: the number of this rank's chunk, if several."""
     if platform.layers == "transformer_engine":
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
-        return replace(spec, module=FusedWgradLayer)
-    spec = get_gpt_layer_local_spec(normalization="LayerNorm", qk_layernorm=config.qk_layernorm)
+        spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=chunk)
+        layers = [replace(layer, module=FusedWgradLayer) for layer in spec.layer_specs or ()]
+        return replace(spec, layer_specs=layers)
+    kinds = [_torch_layer(config, moe=is_moe_layer(config, layer)) for layer in range(config.num_layers)]
+    first = get_transformer_layer_offset(config, vp_stage=chunk)
+    own = kinds[first : first + get_num_layers_to_build(config, vp_stage=chunk)]
+    return TransformerBlockSubmodules(own, layer_norm=RMSNorm)
+
+
+def _torch_layer(config: TransformerConfig, *, moe: bool) -> ModuleSpec:
+    """Megatron's own plain-torch layer, with the norms and the attention above."""
+    spec = get_gpt_layer_local_spec(
+        normalization="LayerNorm", qk_layernorm=config.qk_layernorm, num_experts=config.num_moe_experts if moe else None
+    )
     layer = cast(Any, spec.submodules)
     attention = layer.self_attention
     norms = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if config.qk_layernorm else {}
     attention = replace(attention, submodules=replace(attention.submodules, core_attention=TorchAttention, **norms))
-    layer = replace(layer, input_layernorm=RMSNorm, self_attention=attention, pre_mlp_layernorm=RMSNorm)
-    num_layers = get_num_layers_to_build(config, vp_stage=chunk)
-    return TransformerBlockSubmodules([replace(spec, submodules=layer)] * num_layers, layer_norm=RMSNorm)
+    keys = layer.sharded_state_dict_keys_map
+    if moe:  # Transformer Engine has the norm before experts as a module of its own: so have the global keys
+        keys = {name: key for name, key in keys.items() if name != "pre_mlp_layernorm."}
+    layer = replace(
+        layer,
+        input_layernorm=RMSNorm,
+        self_attention=attention,
+        pre_mlp_layernorm=RMSNorm,
+        sharded_state_dict_keys_map=keys,
+    )
+    return replace(spec, submodules=layer)
 
 
 class _MaskPadding(torch.autograd.Function):

@@ -10,9 +10,10 @@ from mcore_swift.models.llama import LLAMA
 from mcore_swift.models.mistral import MISTRAL
 from mcore_swift.models.qwen2 import QWEN2
 from mcore_swift.models.qwen3 import QWEN3
+from mcore_swift.models.qwen3_moe import QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
-    model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3) for model_type in family.model_types
+    model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE) for model_type in family.model_types
 }
 
 

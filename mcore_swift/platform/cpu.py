@@ -77,6 +77,8 @@ def install() -> None:
     """Makes torch answer Megatron-Core's CUDA calls for the CPU. Safe to call twice."""
     import torch
 
+    from mcore_swift.platform import gloo
+
     if getattr(torch.cuda, "_mcore_swift_cpu", False):
         return
     torch.cuda._mcore_swift_cpu = True  # type: ignore[attr-defined]
@@ -92,6 +94,7 @@ def install() -> None:
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     _patch_tensor(torch)
+    gloo.install()
     _disable_compiled_fusions()
 
 

@@ -30,9 +30,13 @@ IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers that old Hugging Face fol
 
 @dataclass(frozen=True)
 class Shard:
-    """This rank's part of one global tensor: `data` is a view whose first element sits at `offset`."""
+    """This rank's part of one global tensor: `data` is a view whose first element sits at `offset`.
+
+    Of a tensor that stacks experts, shape and offset are those within the slice of `expert`.
+    """
 
     key: str
+    expert: int | None
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]
     data: torch.Tensor
@@ -70,7 +74,21 @@ def local_shards(
 
 def _shard(item: Any) -> Shard:
     replica = item.replica_id if isinstance(item.replica_id, tuple) else (item.replica_id,)
-    return Shard(item.key, tuple(item.global_shape), tuple(item.global_offset), item.data, main=replica[0] == 0)
+    stacked: int = item.prepend_axis_num
+    assert stacked in (0, 1), item.key
+    return Shard(
+        key=item.key,
+        expert=item.global_offset[0] if stacked else None,
+        global_shape=tuple(item.global_shape[stacked:]),
+        offset=tuple(item.global_offset[stacked:]),
+        data=item.data,
+        main=replica[0] == 0,
+    )
+
+
+def _rule(rules: Mapping[str, TensorRule], shard: Shard) -> TensorRule:
+    rule = rules[shard.key]
+    return rule if shard.expert is None else rule.of_expert(shard.expert)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -102,7 +120,7 @@ def load(
     try:
         with torch.no_grad():
             for shard in local_shards(chunks):
-                _load_shard(shard, rules[shard.key], folder, vocab_size=vocab_size)
+                _load_shard(shard, _rule(rules, shard), folder, vocab_size=vocab_size)
     except InputError as problem:  # perhaps only this rank reads the tensor that is wrong
         error = problem
     parallel.raise_together(error)
@@ -141,7 +159,7 @@ def hf_specs(
     vocab_size: int,
     dtype: Callable[[str], str],
 ) -> dict[str, io.TensorSpec]:
-    """Shape and dtype of every Hugging Face tensor of the model, from the global shapes of Megatron's."""
+    """Shape and dtype of every Hugging Face tensor of the model, from Megatron's (as `global_shapes` gives them)."""
     specs = {}
     for key, rule in rules.items():
         rows = rule.rows or ((vocab_size if rule.vocabulary else shapes[key][0]),)
@@ -151,7 +169,7 @@ def hf_specs(
 
 
 def global_shapes(chunks: Sequence[Module]) -> dict[str, tuple[int, ...]]:
-    """Global shapes of all the model's tensors, gathered over the pipeline stages."""
+    """Global shapes of all the model's tensors (of a stack of experts: one slice's), from all pipeline stages."""
     mine = {shard.key: shard.global_shape for shard in local_shards(chunks)}
     every: list[Any] = [None] * dist.get_world_size(parallel.pp_group())
     dist.all_gather_object(every, mine, group=parallel.pp_group())
@@ -167,23 +185,24 @@ def hf_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Whole tensors under their Hugging Face names, each yielded by one rank of the job, on the CPU.
 
-    A collective call over each TP group. A tensor is gathered to one rank of its stage; tensors go round the stage's TP
-    and DP ranks in turn, so that all of them share the work and no rank holds more than one tensor.
+    A collective call over each TP group, and each expert-TP group. A tensor is gathered to one rank of its stage;
+    tensors go round the ranks that hold the same parts of it in turn, so that all of them share the work and no rank
+    holds more than one tensor.
     """
-    place = parallel.ranks()
-    group = parallel.tp_group()
-    tp_size = dist.get_world_size(group)
-    by_key: dict[str, list[Shard]] = {}
+    dense, experts = parallel.weight_groups(), parallel.expert_weight_groups()
+    by_tensor: dict[tuple[str, int | None], list[Shard]] = {}
     for shard in local_shards(chunks, value=value):
         if shard.main:
-            by_key.setdefault(shard.key, []).append(shard)
-    for number, (key, shards) in enumerate(by_key.items()):
-        if number % place.dp_size != place.dp:
+            by_tensor.setdefault((shard.key, shard.expert), []).append(shard)
+    for number, shards in enumerate(by_tensor.values()):
+        group, replicas = dense if shards[0].expert is None else experts
+        copies = dist.get_world_size(replicas)
+        if number % copies != dist.get_rank(replicas):
             continue
-        owner = (number // place.dp_size) % tp_size
+        owner = (number // copies) % dist.get_world_size(group)
         whole = _gather(shards, owner, group)
         if whole is not None:
-            yield from _split(whole, rules[key], vocab_size)
+            yield from _split(whole, _rule(rules, shards[0]), vocab_size)
 
 
 def _gather(shards: list[Shard], owner: int, group: dist.ProcessGroup) -> torch.Tensor | None:

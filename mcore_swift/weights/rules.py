@@ -8,8 +8,10 @@ all use the same expanded rules.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,30 +36,60 @@ def _qkv_rows(config: TransformerConfig) -> tuple[int, ...]:
     return (config.num_attention_heads * head, groups * head, groups * head)
 
 
+def is_moe_layer(config: TransformerConfig, layer: int) -> bool:
+    """Whether layer number `layer`, from 0, has experts. An MTP layer (num_layers and up) is like the last layer."""
+    if config.num_moe_experts is None:
+        return False
+    layer = min(layer, config.num_layers - 1)
+    frequency = config.moe_layer_freq  # a pattern of 0 and 1, or n: every n-th layer from the first on
+    return bool(frequency[layer]) if isinstance(frequency, list) else layer % frequency == 0
+
+
 QKV = Layout(groups=lambda config: config.num_query_groups or 1, rows=_qkv_rows)
 GATED = Layout(groups=lambda config: 1, rows=lambda config: (config.ffn_hidden_size or 0,) * 2)
+EXPERT_GATED = Layout(groups=lambda config: 1, rows=lambda config: (config.moe_ffn_hidden_size or 0,) * 2)
+EXPERT_DOWN = Layout(groups=lambda config: 1, rows=lambda config: (config.hidden_size,))
+SHARED_GATED = Layout(
+    groups=lambda config: 1, rows=lambda config: (config.moe_shared_expert_intermediate_size or 0,) * 2
+)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One row: Megatron tensor ↔ Hugging Face tensor(s). `{i}` stands for the layer's number."""
+    """One row: Megatron tensor ↔ Hugging Face tensor(s). `{i}` stands for the layer's number, `{e}` for the expert's.
+
+    `experts`: the Megatron tensor stacks all experts along a leading axis; it needs a layout whose `groups` is 1.
+    """
 
     mcore: str
     hf: tuple[str, ...] | str
     layout: Layout | None = None  # None: one tensor, as it is
     when: Callable[[TransformerConfig], bool] = lambda config: True
     vocabulary: bool = False  # axis 0 is the vocabulary, padded in Megatron
+    experts: bool = False
+    layers: Callable[[TransformerConfig, int], bool] = lambda config, layer: True
 
 
 @dataclass(frozen=True)
 class TensorRule:
-    """A rule written out for one tensor of one model."""
+    """A rule written out for one tensor of one model.
+
+    With `stack` the global tensor is [stack, rows, …], one slice an expert, and everything here speaks of it as
+    [stack · rows, …]: row r of expert e is row e · rows + r.
+    """
 
     key: str
     hf: tuple[str, ...]
     groups: int
     rows: tuple[int, ...]  # rows of each part; () for a single part of any length
     vocabulary: bool
+    stack: int = 0  # length of the leading axis of experts; 0: there is none
+
+    def of_expert(self, expert: int) -> TensorRule:
+        """The rule of one slice of a stack, whose global tensor is [rows, …]."""
+        parts = len(self.hf) // self.stack
+        own = slice(expert * parts, (expert + 1) * parts)
+        return replace(self, hf=self.hf[own], rows=self.rows[own], stack=0)
 
     def segments(self, start: int, stop: int, part_rows: tuple[int, ...]) -> Iterator[tuple[int, int, int, int]]:
         """Where rows [start, stop) of the global tensor come from.
@@ -66,15 +98,18 @@ class TensorRule:
         counted from `start`.
         """
         block = [rows // self.groups for rows in part_rows]
-        group_rows = sum(block)
+        ends = list(accumulate(block))  # a stack of experts has hundreds of parts: don't walk through all of them
+        group_rows = ends[-1]
         for group in range(start // group_rows, -(-stop // group_rows)):
-            position = group * group_rows
-            for part, rows in enumerate(block):
-                low, high = max(position, start), min(position + rows, stop)
+            origin = group * group_rows
+            for part in range(bisect_right(ends, start - origin), len(block)):
+                position = origin + ends[part] - block[part]
+                if position >= stop:
+                    break
+                low, high = max(position, start), min(position + block[part], stop)
                 if low < high:
-                    first = group * rows + (low - position)
+                    first = group * block[part] + (low - position)
                     yield part, first, first + high - low, low - start
-                position += rows
 
 
 def expand(
@@ -92,14 +127,20 @@ def expand(
             continue
         template = f"{keys[place]}.{rest}"
         names = (rule.hf,) if isinstance(rule.hf, str) else rule.hf
+        stack = (config.num_moe_experts or 0) if rule.experts else 0
         for i in range(config.num_layers if "{i}" in template else 1):
+            if not rule.layers(config, i):
+                continue
             key = template.replace("{i}", str(i))
             expanded[key] = TensorRule(
                 key=key,
-                hf=tuple(name.replace("{i}", str(i)) for name in names),
+                hf=tuple(
+                    name.replace("{i}", str(i)).replace("{e}", str(e)) for e in range(stack or 1) for name in names
+                ),
                 groups=rule.layout.groups(config) if rule.layout else 1,
-                rows=rule.layout.rows(config) if rule.layout else (),
+                rows=(rule.layout.rows(config) if rule.layout else ()) * (stack or 1),
                 vocabulary=rule.vocabulary,
+                stack=stack,
             )
     return expanded
 
@@ -127,15 +168,47 @@ ATTENTION = (
     Rule("mixer.k_layernorm.weight", f"{_SELF_ATTENTION}k_norm.weight", when=lambda config: config.qk_layernorm),
 )
 _GATE_UP = ("model.layers.{i}.mlp.gate_proj", "model.layers.{i}.mlp.up_proj")
+
+
+def _dense(config: TransformerConfig, layer: int) -> bool:
+    return not is_moe_layer(config, layer)
+
+
 GATED_MLP = (
-    Rule("ffn.linear_fc1.layer_norm_weight", "model.layers.{i}.post_attention_layernorm.weight"),
-    Rule("ffn.linear_fc1.weight", tuple(f"{name}.weight" for name in _GATE_UP), GATED),
+    Rule("ffn.linear_fc1.layer_norm_weight", "model.layers.{i}.post_attention_layernorm.weight", layers=_dense),
+    Rule("ffn.linear_fc1.weight", tuple(f"{name}.weight" for name in _GATE_UP), GATED, layers=_dense),
     Rule(
         "ffn.linear_fc1.bias",
         tuple(f"{name}.bias" for name in _GATE_UP),
         GATED,
         when=lambda config: config.add_bias_linear,
+        layers=_dense,
     ),
-    Rule("ffn.linear_fc2.weight", "model.layers.{i}.mlp.down_proj.weight"),
-    Rule("ffn.linear_fc2.bias", "model.layers.{i}.mlp.down_proj.bias", when=lambda config: config.add_bias_linear),
+    Rule("ffn.linear_fc2.weight", "model.layers.{i}.mlp.down_proj.weight", layers=_dense),
+    Rule(
+        "ffn.linear_fc2.bias",
+        "model.layers.{i}.mlp.down_proj.bias",
+        when=lambda config: config.add_bias_linear,
+        layers=_dense,
+    ),
 )
+
+
+def experts(*, prefix: str, gate: str, up: str, down: str, router: str) -> tuple[Rule, ...]:
+    """The feed-forward half of a MoE layer: router, and gated experts whose Hugging Face names start with `prefix`."""
+    expert = f"{prefix}experts.{{e}}."
+    return (
+        Rule("layer.pre_mlp_layernorm.weight", "model.layers.{i}.post_attention_layernorm.weight", layers=is_moe_layer),
+        Rule("ffn.router.weight", f"{prefix}{router}.weight", layers=is_moe_layer),
+        Rule(
+            "experts.linear_fc1.weight",
+            (f"{expert}{gate}.weight", f"{expert}{up}.weight"),
+            EXPERT_GATED,
+            experts=True,
+            layers=is_moe_layer,
+        ),
+        Rule("experts.linear_fc2.weight", f"{expert}{down}.weight", EXPERT_DOWN, experts=True, layers=is_moe_layer),
+    )
+
+
+EXPERTS = experts(prefix="model.layers.{i}.mlp.", gate="gate_proj", up="up_proj", down="down_proj", router="gate")

@@ -14,6 +14,7 @@ import importlib
 import logging
 import os
 import pickle
+import random
 import selectors
 import signal
 import socket
@@ -182,6 +183,9 @@ def _child(
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port below those that the kernel hands out: one of theirs could be a connection's before rank 0 listens."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

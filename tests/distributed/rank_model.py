@@ -6,6 +6,7 @@ Everything is returned under Hugging Face names, so that any two layouts, and tr
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from mcore_swift import parallel
 from mcore_swift.data.batch import MicroBatch
@@ -213,7 +215,7 @@ def gather_gradient_shards(models: Sequence[Any]) -> None:
     for model in models:
         if not model.ddp_config.use_distributed_optimizer:
             continue
-        for buffer in model.buffers:
+        for buffer in (*model.buffers, *model.expert_parallel_buffers):
             group = buffer.data_parallel_group
             for bucket in buffer.buckets:
                 shards = bucket.grad_data.chunk(dist.get_world_size(group))
@@ -285,7 +287,9 @@ def transformers_gradients(folder: Path) -> tuple[float, dict[str, torch.Tensor]
 def _transformers_gradients(folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
     texts = documents(model.config.vocab_size)
     count = sum(int(loss[1:].sum()) for _, loss in texts)
     total = torch.zeros((), dtype=torch.float64)
@@ -294,5 +298,10 @@ def _transformers_gradients(folder: Path) -> tuple[float, dict[str, torch.Tensor
         logps = model(inputs[None]).logits[0, :-1].log_softmax(-1)
         total = total - (logps.gather(1, inputs[1:, None])[:, 0] * torch.from_numpy(loss[1:])).sum()
     (total / count).backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    return float(total / count), {name: grad for name, grad in gradients.items() if grad is not None}
+    for parameter in model.parameters():
+        parameter.data = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
+    with tempfile.TemporaryDirectory() as place:  # saving splits what transformers fuses: experts, one tensor each
+        model.save_pretrained(place)
+        (file,) = Path(place).glob("*.safetensors")
+        gradients = load_file(file)
+    return float(total / count), gradients

@@ -66,6 +66,18 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}),
     "qwen3": ("qwen3", {"head_dim": 24, "vocab_size": 101}),
     "qwen3-tied": ("qwen3", {"head_dim": 24, "tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {
+            "head_dim": 24,
+            "vocab_size": 101,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+        },
+    ),
 }
 # One a family, with as many of its oddities as go together: what the layout tests run.
 REPRESENTATIVES = ("llama-rope-llama3", "mistral-window", "qwen2-tied", "qwen3")

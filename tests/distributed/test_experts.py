@@ -1,0 +1,60 @@
+"""Expert parallelism doesn't change the result: families with experts at EP, ETP and their combinations.
+
+The dispatchers, the experts' own gradient reduction and their sharded optimizer states are all at work.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mcore_swift.recipe import ParallelSection
+from tests.distributed.rank_model import Trained, recipe_for, train
+from tests.distributed.test_layouts import assert_same_run
+from tests.distributed.tiny_models import tiny_folder
+
+LAYOUTS = {
+    "one rank": ParallelSection(),
+    "TP2": ParallelSection(tp=2),
+    "PP2": ParallelSection(pp=2),
+    "EP2": ParallelSection(ep=2, dp=2),
+    "EP4": ParallelSection(ep=4, dp=4),
+    "EP2xTP2": ParallelSection(ep=2, tp=2, dp=2),
+    "EP2xTP2xETP1": ParallelSection(ep=2, tp=2, etp=1),
+    "EP2xPP2": ParallelSection(ep=2, pp=2, dp=2),
+    "EP2xDP4": ParallelSection(ep=2, dp=4),
+    "EP2xPP2xVPP2": ParallelSection(ep=2, pp=2, vpp=2, dp=2),
+    "EP2xTP2xPP2": ParallelSection(ep=2, tp=2, pp=2, dp=2),
+    "EP2xTP2xETP1xPP2": ParallelSection(ep=2, tp=2, etp=1, pp=2, dp=2),
+}
+FAMILIES = ("qwen3-moe",)
+QUICK = {("qwen3-moe", "EP2")}
+SLOW = {("qwen3-moe", layout) for layout in ("EP2xTP2", "EP2xTP2xETP1", "EP2xDP4", "EP2xPP2xVPP2")}
+
+
+def case(variant: str, layout: str) -> Any:
+    key = (variant, layout)
+    marks = () if key in QUICK else pytest.mark.slow if key in SLOW else pytest.mark.nightly
+    return pytest.param(variant, layout, marks=marks, id=f"{variant}-{layout}")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("models")
+    return lambda variant: tiny_folder(folder / variant, variant)
+
+
+@functools.cache
+def at_layout(folder: Path, layout: str) -> Trained:
+    return train(recipe_for(folder, LAYOUTS[layout]))
+
+
+@pytest.mark.parametrize(
+    ("variant", "layout"), [case(variant, layout) for variant in FAMILIES for layout in LAYOUTS if layout != "one rank"]
+)
+def test_layout(models: Any, variant: str, layout: str) -> None:
+    folder = models(variant)
+    assert_same_run(at_layout(folder, layout), at_layout(folder, "one rank"))
