@@ -269,6 +269,7 @@ def test_more_ranks_than_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan_ranks(replace(recipe, parallel=ParallelSection(tp=2)), eight).dp == 4
 
 
+@pytest.mark.slow
 def test_long_rows_are_cut_and_counted(place: Path) -> None:
     rows(*CHATS, LONG)(place)
     code, errors = train(place)
@@ -276,6 +277,7 @@ def test_long_rows_are_cut_and_counted(place: Path) -> None:
     assert "| truncated | 1 |" in (place / "run" / "summary.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_is_not_overwritten_by_another(place: Path) -> None:
     assert train(place)[0] == 0
     weights = (place / "run" / "hf" / "model.safetensors").read_bytes()
@@ -304,6 +306,7 @@ def test_disk_full_while_exporting(place: Path, monkeypatch: pytest.MonkeyPatch)
     assert (place / "run" / "checkpoints" / "step-00000002" / "mcore_swift.json").is_file()
 
 
+@pytest.mark.slow
 def test_generate(place: Path) -> None:
     """A run's checkpoint and its exported folder answer alike; what the model can't hold is refused."""
     assert train(place)[0] == 0

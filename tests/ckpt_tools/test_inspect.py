@@ -166,6 +166,7 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
     assert captured.out == "" and message in captured.err
 
 
+@pytest.mark.slow
 def test_fast_and_without_megatron(models: Callable[[str], Path], tmp_path: Path) -> None:
     """In a process of its own: what is imported, and the time that looking takes after that."""
     convert(models("qwen3"), tmp_path / "checkpoint")

@@ -74,9 +74,8 @@ def test_layout(models: Any, variant: str, layout: str) -> None:
     assert min(found.grad_norms) > 1  # the recipe's clip_grad is 0.1: clipping was at work
 
 
-@pytest.mark.parametrize(
-    "variant", [REPRESENTATIVES[0], *(pytest.param(v, marks=pytest.mark.slow) for v in REPRESENTATIVES[1:])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", REPRESENTATIVES)
 def test_packing_and_micro_batch_size(models: Any, variant: str) -> None:
     folder = models(variant)
     for packing, micro_batch_size in itertools.product((True, False), (1, 4)):

@@ -63,7 +63,7 @@ def test_same_layout_goes_on_bit_for_bit(
 
 
 OTHER = [
-    ("TP2", True, "PP2", True),
+    slow("TP2", True, "PP2", True),
     ("DP1", False, "DP2", True),
     slow("DP2 PP2", True, "TP2", False),
     slow("DP2", True, "PP2 VPP2", True),
@@ -103,6 +103,7 @@ def weights_rank(recipe: Recipe, path: Path) -> Any:
     return [(i.key, tuple(i.global_shape), tuple(i.global_offset), i.data) for i in tensors]
 
 
+@pytest.mark.slow
 def test_weights_alone_at_another_layout_and_dtype(model_folder: Path, tmp_path: Path) -> None:
     recipe = with_checkpoints(recipe_for(model_folder, layout("TP2")), tmp_path, optimizer=False)
     saved = assemble([rank[0] for rank in run_ranks(save_rank, 2, recipe)])

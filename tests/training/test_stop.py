@@ -28,6 +28,7 @@ def stop_after_first_step(argv: list[str], metrics: Path, number: int) -> tuple[
     return command(argv, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_stop_and_go_on(place: Path, number: signal.Signals) -> None:  # noqa: F811
     argv = ["train", str(place / "recipe.yaml"), "--schedule.steps", "60", "--checkpoint.interval", "0"]
@@ -49,6 +50,7 @@ def test_stop_and_go_on(place: Path, number: signal.Signals) -> None:  # noqa: F
     assert (place / "run" / "hf" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_steps_can_be_profiled(place: Path) -> None:  # noqa: F811
     argv = ["train", str(place / "recipe.yaml"), "--runtime.profile_steps", "[2]", "--parallel.pp", "2"]
     code, _, errors = run_ranks(command, 1, argv, {})[0]
