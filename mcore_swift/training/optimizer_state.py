@@ -48,7 +48,7 @@ def optimizer_items(optimizer: Any, parts: Mapping[int, list[ShardedTensor]]) ->
 
 
 def _shards(part: ShardedTensor, state: ParameterState, key: str, flat: Tensor) -> Iterator[ShardedTensor]:
-    assert part.data is not None and part.data.is_contiguous() and not part.prepend_axis_num
+    assert part.data is not None and part.data.is_contiguous()
     first = int(part.data.storage_offset() - state.parameter.storage_offset())  # where the part starts in its parameter
     low, high = max(state.start, first), min(state.stop, first + part.data.numel())
     if not state.sharded:

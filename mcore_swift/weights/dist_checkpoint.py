@@ -71,8 +71,17 @@ def model_items(chunks: Sequence[Module]) -> ModelItems:
                 continue
             local = replace(item, data=item.data.detach())
             built = nested_values(local.build()) if isinstance(local, ShardedTensorFactory) else [local]
-            parts[id(item.data)] = list(built)
+            parts[id(item.data)] = [_with_every_axis(part) for part in built]
     return ModelItems(parts, objects)
+
+
+def _with_every_axis(part: ShardedTensor) -> ShardedTensor:
+    """An expert's tensor with its place in the stack as a first axis of length 1, as the checkpoint has it."""
+    if not part.prepend_axis_num:
+        return part
+    assert part.data is not None
+    shape = (1,) * part.prepend_axis_num + tuple(part.local_shape)
+    return replace(part, data=part.data.view(shape), local_shape=shape, prepend_axis_num=0)
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
