@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from mcore_swift.errors import InputError
+from mcore_swift.pipeline import PipelineWish
 from mcore_swift.platform import Platform
 from mcore_swift.recipe import ParallelSection
+from mcore_swift.recipe_checks.job import JOB, Job
+from mcore_swift.recipe_checks.table import refuse
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,6 +33,7 @@ class ParallelPlan:
     etp: int
     dp: int
     sequence_parallel: bool
+    pipeline: PipelineWish = field(default_factory=PipelineWish)
 
     @property
     def model_parallel_size(self) -> int:
@@ -50,23 +54,8 @@ def resolve(section: ParallelSection, *, world_size: int | None) -> ParallelPlan
 
     Raises InputError when the sizes do not fit `world_size`.
     """
-    for name in ("tp", "pp", "vpp", "cp", "ep"):
-        if getattr(section, name) < 1:
-            raise InputError(f"parallel.{name}: {getattr(section, name)} is not allowed; it must be at least 1")
-    model_ranks = section.tp * section.pp * section.cp
-    sizes = f"tp {section.tp} × pp {section.pp} × cp {section.cp}"
-    if world_size is not None and world_size % model_ranks:
-        raise InputError(f"parallel: {sizes} = {model_ranks} ranks do not divide the job's {world_size} ranks")
-    dp = section.dp if section.dp is not None else (world_size or model_ranks) // model_ranks
-    if world_size is not None and dp * model_ranks != world_size:
-        raise InputError(f"parallel: {sizes} × dp {dp} = {dp * model_ranks} ranks, but the job has {world_size}")
-    etp = section.etp if section.etp is not None else section.tp
-    stage_ranks = section.tp * section.cp * dp
-    if section.ep > 1 and stage_ranks % (section.ep * etp):
-        raise InputError(
-            f"parallel.ep: ep {section.ep} × etp {etp} = {section.ep * etp} ranks do not divide the {stage_ranks} ranks"
-            f" of a pipeline stage (tp {section.tp} × cp {section.cp} × dp {dp})"
-        )
+    job = Job(section, world_size)
+    refuse(JOB, job)
     sequence_parallel = section.tp > 1 if section.sequence_parallel is None else section.sequence_parallel
     return ParallelPlan(
         tp=section.tp,
@@ -74,9 +63,16 @@ def resolve(section: ParallelSection, *, world_size: int | None) -> ParallelPlan
         vpp=section.vpp,
         cp=section.cp,
         ep=section.ep,
-        etp=etp,
-        dp=dp,
+        etp=job.etp,
+        dp=job.dp,
         sequence_parallel=sequence_parallel,
+        pipeline=PipelineWish(
+            layout=section.pipeline_layout,
+            first_stage_layers=section.first_stage_layers,
+            last_stage_layers=section.last_stage_layers,
+            account_embedding=section.account_embedding,
+            account_loss=section.account_loss,
+        ),
     )
 
 

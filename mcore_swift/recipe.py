@@ -39,6 +39,11 @@ class ParallelSection(_Strict):
     etp: int | None = None  # tensor parallel size inside experts; default: tp
     dp: int | None = None  # data parallel size; default: whatever the ranks leave
     sequence_parallel: bool | None = None  # default: on when tp > 1
+    pipeline_layout: str | None = None  # what lies on each stage, as Megatron writes it: Et*3|(tt|)*2tttL
+    first_stage_layers: int | None = None  # layers of the first pipeline rank; the others share the rest
+    last_stage_layers: int | None = None  # layers of the last pipeline rank
+    account_embedding: bool = False  # the embedding counts as a layer when layers are shared out over stages
+    account_loss: bool = False  # the output layer with the loss does
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -164,7 +164,16 @@ CASES: dict[str, tuple[Change, list[str], tuple[str, ...]]] = {
     "unknown key": (nothing, ["--schedule.learning_rat", "1"], ("learning_rat", "learning_rate")),
     "TP does not divide the heads": (nothing, NO_TP, ("parallel.tp", "3", "allowed: 1, 2")),
     "more stages than layers": (nothing, ["--parallel.pp", "8"], ("parallel.pp", "4 layers")),
-    "stages that do not divide the layers": (nothing, ["--parallel.pp", "3"], ("parallel.pp", "1, 2, 4")),
+    "stages that leave no layers for others": (
+        nothing,
+        ["--parallel.pp", "3", "--parallel.first_stage_layers", "3"],
+        ("parallel.first_stage_layers", "1 of the model's 4 layers"),
+    ),
+    "a pipeline layout for another model": (
+        nothing,
+        ["--parallel.pp", "2", "--parallel.pipeline_layout", "Et*3|t*2L"],
+        ("parallel.pipeline_layout", "Ettt|ttL", "4 layers"),
+    ),
     "batch not divisible": (
         nothing,
         ["--schedule.micro_batch_size", "3"],

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 from mcore_swift import parallel
 from mcore_swift.errors import InputError
 from mcore_swift.models.family import Family, HFConfig
+from mcore_swift.models.layout_rules import MODEL_RULES, Fit
 from mcore_swift.models.registry import family_of
 from mcore_swift.models.rope import rope_frequencies
+from mcore_swift.models.stages import megatron_layout
 from mcore_swift.parallel import ParallelPlan
 from mcore_swift.platform import Platform
+from mcore_swift.recipe_checks.table import refuse
 from mcore_swift.weights.rules import TensorRule, expand
 
 if TYPE_CHECKING:
@@ -100,6 +103,7 @@ def transformer_config(
         "tensor_model_parallel_size": plan.tp,
         "pipeline_model_parallel_size": plan.pp,
         "virtual_pipeline_model_parallel_size": plan.vpp if plan.vpp > 1 else None,
+        "pipeline_model_parallel_layout": megatron_layout(source, plan),
         "context_parallel_size": plan.cp,
         "sequence_parallel": plan.sequence_parallel,
         "params_dtype": dtype,
@@ -123,48 +127,8 @@ def transformer_config(
 
 def check_layout(source: ModelSource, plan: ParallelPlan) -> None:
     """Raises InputError when the layout does not fit the model. Needs neither Megatron nor a process group."""
-    fields: dict[str, Any] = source.family.read_config(source.config)
-    heads, groups, layers = fields["num_attention_heads"], fields["num_query_groups"], fields["num_layers"]
-    for name, value in (
-        ("attention heads", heads),
-        ("key-value heads", groups),
-        ("ffn size", fields["ffn_hidden_size"]),
-    ):
-        if value % plan.tp:
-            allowed = [n for n in range(1, heads + 1) if not (heads % n or groups % n or fields["ffn_hidden_size"] % n)]
-            raise InputError(
-                f"parallel.tp: {plan.tp} does not divide the model's {value} {name} ({source.folder});"
-                f" allowed: {', '.join(map(str, allowed))}"
-            )
-    check_experts(source, plan, fields)
-    if plan.pp * plan.vpp > layers:
-        raise InputError(
-            f"parallel.pp: pp {plan.pp} × vpp {plan.vpp} is more than the model's {layers} layers ({source.folder})"
-        )
-    if layers % (plan.pp * plan.vpp):
-        raise InputError(
-            f"parallel.pp: pp {plan.pp} × vpp {plan.vpp} does not divide the model's {layers} layers ({source.folder});"
-            f" allowed products: {', '.join(str(n) for n in range(1, layers + 1) if layers % n == 0)}"
-        )
-
-
-def check_experts(source: ModelSource, plan: ParallelPlan, fields: dict[str, Any]) -> None:
-    experts = fields.get("num_moe_experts")
-    if experts is None:
-        if plan.ep > 1 or plan.etp != plan.tp:
-            name, size = ("ep", plan.ep) if plan.ep > 1 else ("etp", plan.etp)
-            raise InputError(f"parallel.{name}: {size}, but {source.family.name} has no experts ({source.folder})")
-        return
-    for name, size, count, what in (
-        ("ep", plan.ep, experts, "experts"),
-        ("etp", plan.etp, fields["moe_ffn_hidden_size"], "expert ffn size"),
-    ):
-        if count % size:
-            allowed = [n for n in range(1, count + 1) if count % n == 0]
-            raise InputError(
-                f"parallel.{name}: {size} does not divide the model's {count} {what} ({source.folder});"
-                f" allowed: {', '.join(map(str, allowed))}"
-            )
+    fit = Fit(plan, source.family.read_config(source.config), family=source.family.name, folder=source.folder)
+    refuse(MODEL_RULES, fit)
 
 
 def build_chunks(

@@ -1,7 +1,7 @@
 """What a recipe must not say: bounds of single values, and combinations that are impossible or unsafe.
 
-Everything here is decided from the recipe alone, before a file is opened or a process group made. What depends on the
-job's ranks is in `parallel`, what depends on the model in `models.layout_rules`: rows of the same kind.
+Everything here is decided from the recipe alone, before a file is opened or a process group made. What also depends
+on the job's ranks is in `job`, on the model in `models.layout_rules`: rows of the same kind.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from mcore_swift.recipe_checks.bounds import BOUNDS
 from mcore_swift.recipe_checks.data import DATA
 from mcore_swift.recipe_checks.layout import LAYOUT
 from mcore_swift.recipe_checks.outputs import OUTPUTS
+from mcore_swift.recipe_checks.pipeline import PIPELINE
 from mcore_swift.recipe_checks.runtime import RUNTIME
 from mcore_swift.recipe_checks.schedule import SCHEDULE
 from mcore_swift.recipe_checks.table import Row, refuse
 
-RECIPE_RULES: list[Row[Recipe]] = [*LAYOUT, *DATA, *SCHEDULE, *RUNTIME, *OUTPUTS]
+RECIPE_RULES: list[Row[Recipe]] = [*LAYOUT, *PIPELINE, *DATA, *SCHEDULE, *RUNTIME, *OUTPUTS]
 
 
 def check_recipe(recipe: Recipe) -> None:

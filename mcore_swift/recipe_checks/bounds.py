@@ -11,6 +11,7 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], str]] = [
         "at least 1",
         lambda x: x >= 1,
         "parallel.tp parallel.pp parallel.vpp parallel.cp parallel.ep parallel.etp parallel.dp "
+        "parallel.first_stage_layers parallel.last_stage_layers "
         "schedule.steps schedule.global_batch_size schedule.micro_batch_size schedule.decay_steps "
         "schedule.eval_batches logging.interval runtime.ranks runtime.threads runtime.recompute_layers",
     ),

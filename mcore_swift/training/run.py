@@ -13,6 +13,8 @@ from mcore_swift.parallel import ParallelPlan, resolve
 from mcore_swift.platform import Platform, select
 from mcore_swift.ranks import launch
 from mcore_swift.recipe import Recipe
+from mcore_swift.recipe_checks.job import BATCHES, Batches
+from mcore_swift.recipe_checks.table import refuse
 
 
 def run(recipe: Recipe) -> int:
@@ -51,14 +53,8 @@ def plan_ranks(recipe: Recipe, platform: Platform) -> ParallelPlan:
 
 
 def check_micro_batches(recipe: Recipe, plan: ParallelPlan) -> None:
-    """Raises InputError when the interleaved schedule can't run this many micro-batches."""
-    schedule = recipe.schedule
-    number = schedule.global_batch_size // (schedule.micro_batch_size * plan.dp)
-    if plan.vpp > 1 and number % plan.pp:
-        raise InputError(
-            f"schedule.global_batch_size: {schedule.global_batch_size} makes {number} micro-batches a rank, but"
-            f" parallel.vpp > 1 needs a multiple of parallel.pp {plan.pp}"
-        )
+    """Raises InputError when the global batch can't be shared out over the ranks, or not interleaved."""
+    refuse(BATCHES, Batches(recipe, plan))
 
 
 def model_source(recipe: Recipe) -> ModelSource:

@@ -194,9 +194,38 @@ LAYOUTS = [
     ("llama", {"tp": 3}, "parallel.tp: 3 does not divide the model's 4 attention heads", "allowed: 1, 2"),
     ("llama", {"tp": 4}, "parallel.tp: 4 does not divide the model's 2 key-value heads", "allowed: 1, 2"),
     ("llama-9-heads", {"tp": 2}, "parallel.tp: 2 does not divide the model's 9 attention heads", "allowed: 1, 3"),
-    ("llama", {"pp": 8}, "parallel.pp: pp 8 × vpp 1 is more than the model's 4 layers", ""),
-    ("llama", {"pp": 4, "vpp": 2}, "parallel.pp: pp 4 × vpp 2 is more than the model's 4 layers", ""),
-    ("llama", {"pp": 3}, "parallel.pp: pp 3 × vpp 1 does not divide the model's 4 layers", "allowed products: 1, 2, 4"),
+    ("llama", {"pp": 8}, "parallel.pp: pp 8 × vpp 1 is more than the model's 4 layers", "lower one of them"),
+    ("llama", {"pp": 4, "vpp": 2}, "parallel.pp: pp 4 × vpp 2 is more than the model's 4 layers", "lower one of them"),
+    (
+        "llama",
+        {"pp": 3, "first_stage_layers": 3},
+        "parallel.first_stage_layers, parallel.last_stage_layers: 1 of the model's 4 layers are left for 2 other chunks",
+        "lower or raise them",
+    ),
+    (
+        "llama",
+        {"pp": 2, "first_stage_layers": 1, "last_stage_layers": 2},
+        "parallel.first_stage_layers, parallel.last_stage_layers: 1 of the model's 4 layers are left for 0 other chunks",
+        "lower or raise them",
+    ),
+    (
+        "llama",
+        {"pp": 2, "pipeline_layout": "Et*3|ttL"},
+        "parallel.pipeline_layout: Ettt|ttL has other than the model's 4 layers",
+        "write a t for each layer",
+    ),
+    (
+        "llama",
+        {"pp": 2, "pipeline_layout": "Et*3|tmL"},
+        "parallel.pipeline_layout: Ettt|tmL has other than the model's 0 multi-token prediction layers",
+        "write an m for each of them before the L",
+    ),
+    (
+        "llama",
+        {"pp": 8, "account_embedding": True, "account_loss": True},
+        "parallel.pp: pp 8 × vpp 1 is more than the model's 4 layers",
+        "lower one of them",
+    ),
 ]
 
 
