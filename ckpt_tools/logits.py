@@ -232,10 +232,10 @@ def _megatron_core(source: TensorSource) -> Forward:
 
 def _load(chunk: Any, rules: Any, source: TensorSource) -> None:
     """Fills the model from any source, tensor by tensor: each rule's parts laid into the rows of the global tensor."""
-    from mcore_swift.weights.live import local_shards
+    from mcore_swift.weights.live import local_shards, rule_of
 
     for shard in local_shards([chunk]):
-        rule = rules[shard.key]
+        rule = rule_of(shard, rules)
         parts = [source.read(name) for name in rule.hf]
         shard.data.zero_()  # vocabulary padding, if any
         rows = sum(len(part) for part in parts)

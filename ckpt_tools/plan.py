@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ckpt_tools.source import HFSource, MegatronSource, part_segments
+from ckpt_tools.source import HFSource, MegatronSource, as_rows, part_segments
 from ckpt_tools.stored import Block, Files, Stored, read_rows, row_chunks
 from ckpt_tools.torch_dist import CheckpointPlan, plan_checkpoint
 from mcore_swift.errors import InputError
@@ -41,7 +41,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Transfer:
-    """All of a conversion's bulk. `sources`, `targets`: tensors by their own side's names; `scales`: FP8 sources'."""
+    """All of a conversion's bulk. `sources`, `targets`: tensors by their own side's names, as the rules speak of them
+    (a stack of experts is its rows); `scales`: FP8 sources'."""
 
     rules: Mapping[str, TensorRule]
     to_megatron: bool
@@ -142,14 +143,16 @@ def plan_transfer(
     rules = weight_rules(source.model)
     if isinstance(source, HFSource):
         specs = megatron_specs(rules, source.specs, dtype=dtype)
-        layout = plan_checkpoint(specs, folder, max_shard_bytes=max_shard_bytes)
+        stacks = [key for key, rule in rules.items() if rule.stack]
+        layout = plan_checkpoint(specs, folder, stacks=stacks, max_shard_bytes=max_shard_bytes)
         sources = {name: source.stored[name] for rule in rules.values() for name in rule.hf}
+        targets = {key: as_rows(rules[key], target) for key, target in layout.tensors.items()}
     else:
         specs = {name: st.TensorSpec(dtype or spec.dtype, spec.shape) for name, spec in source.specs.items()}
         layout = _safetensors_plan(specs, folder, max_shard_bytes=max_shard_bytes)
-        sources = {key: source.stored[key] for key in rules}
-    tasks = [task for name, target in layout.tensors.items() for task in _tasks(name, target)]
-    transfer = Transfer(rules, isinstance(source, HFSource), sources, source.scales, layout.tensors, tasks)
+        sources, targets = source.rows, layout.tensors
+    tasks = [task for name, target in targets.items() for task in _tasks(name, target)]
+    transfer = Transfer(rules, isinstance(source, HFSource), sources, source.scales, targets, tasks)
     return transfer, layout
 
 
@@ -162,9 +165,13 @@ def megatron_specs(
         parts = [specs[name] for name in rule.hf]
         kinds = {dtype or part.dtype for part in parts}
         if len(kinds) > 1:
-            found = ", ".join(f"{name} {part.dtype}" for name, part in zip(rule.hf, parts, strict=True))
-            raise InputError(f"{found}: Megatron fuses these, so they need one dtype; choose one with --dtype")
-        fused[key] = st.TensorSpec(kinds.pop(), (sum(part.shape[0] for part in parts), *parts[0].shape[1:]))
+            found = {part.dtype: f"{name} {part.dtype}" for name, part in zip(rule.hf, parts, strict=True)}
+            raise InputError(
+                f"{', '.join(found.values())}: Megatron fuses these, so they need one dtype; choose one with --dtype"
+            )
+        rows, stack = sum(part.shape[0] for part in parts), rule.stack
+        leading = (stack, rows // stack) if stack else (rows,)
+        fused[key] = st.TensorSpec(kinds.pop(), (*leading, *parts[0].shape[1:]))
     return fused
 
 

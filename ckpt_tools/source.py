@@ -42,6 +42,7 @@ class TensorSource(Protocol):
     path: Path
     kind: Literal["hf", "megatron"]
     model: ModelSource
+    stored: dict[str, Stored]  # by its own side's names, shapes as they are on the disk
 
     @property
     def specs(self) -> Mapping[str, st.TensorSpec]:
@@ -92,6 +93,7 @@ class HFSource:
     path: Path
     kind: Literal["hf", "megatron"] = "hf"
     model: ModelSource = field(init=False)
+    specs: dict[str, st.TensorSpec] = field(init=False)
     stored: dict[str, Stored] = field(init=False)  # the tensors as they lie in the files
     scales: dict[str, Stored] = field(init=False)  # the block scales of FP8 tensors, by the name of the tensor
     _files: Files = field(init=False, default_factory=Files)
@@ -109,6 +111,10 @@ class HFSource:
         self.scales = {name: stored for name, stored in self.scales.items() if name in self.stored}
         for name, stored in self.stored.items():
             self._check_fp8(name, stored)
+        self.specs = {
+            name: st.TensorSpec("BF16" if name in self.scales else stored.dtype, stored.shape)
+            for name, stored in self.stored.items()
+        }
         if "quantization_config" in self.model.raw:
             raw = {key: value for key, value in self.model.raw.items() if key != "quantization_config"}
             self.model = replace(self.model, raw=raw)
@@ -129,13 +135,6 @@ class HFSource:
                 f"{self.path}: {name}{SCALE_SUFFIX} has shape {list(scales.shape)}; a weight of {list(stored.shape)}"
                 f" needs {list(scale_shape(stored.shape))}"
             )
-
-    @property
-    def specs(self) -> dict[str, st.TensorSpec]:
-        return {
-            name: st.TensorSpec("BF16" if name in self.scales else stored.dtype, stored.shape)
-            for name, stored in self.stored.items()
-        }
 
     def read(self, name: str) -> torch.Tensor:
         """One whole tensor; float8 with its scales applied, bf16."""
@@ -219,14 +218,17 @@ def _bin_tensors(folder: Path, index: str | None) -> dict[str, Stored]:
 
 @dataclass
 class MegatronSource:
-    """A Megatron checkpoint. `stored`: by global key, the vocabulary padded as it was saved; `rules`: by global key."""
+    """A Megatron checkpoint, by global key: `stored`, the vocabulary padded as it was saved; `rules`; `rows`, the same
+    as the rules speak of it: without an axis of experts."""
 
     path: Path
     config: Path | None = None
     kind: Literal["hf", "megatron"] = "megatron"
     model: ModelSource = field(init=False)
+    specs: dict[str, st.TensorSpec] = field(init=False)
     stored: dict[str, Stored] = field(init=False)
     rules: dict[str, TensorRule] = field(init=False)
+    rows: dict[str, Stored] = field(init=False)
     scales: dict[str, Stored] = field(init=False, default_factory=dict)  # there are none
     _files: Files = field(init=False, default_factory=Files)
 
@@ -235,23 +237,17 @@ class MegatronSource:
         self.model = read_source(_config_folder(self.path, self.config))
         self.stored = read_tensors(self.path)
         self.rules = weight_rules(self.model)
-        self._where = {
-            name: (rule, part)
-            for key, rule in self.rules.items()
-            if key in self.stored
-            for part, name in enumerate(rule.hf)
-        }
-
-    @property
-    def specs(self) -> dict[str, st.TensorSpec]:
-        return {
-            name: st.TensorSpec(self.stored[rule.key].dtype, self.shape(rule, part))
+        found = {key: rule for key, rule in self.rules.items() if key in self.stored and _fits(rule, self.stored[key])}
+        self.rows = {key: as_rows(rule, self.stored[key]) for key, rule in found.items()}
+        self._where = {name: (rule, part) for rule in found.values() for part, name in enumerate(rule.hf)}
+        self.specs = {
+            name: st.TensorSpec(self.rows[rule.key].dtype, self.shape(rule, part))
             for name, (rule, part) in self._where.items()
         }
 
     def shape(self, rule: TensorRule, part: int) -> tuple[int, ...]:
         """The shape of a part of a global tensor."""
-        rows, *inner = self.stored[rule.key].shape
+        rows, *inner = self.rows[rule.key].shape
         if rule.rows:
             rows = rule.rows[part]
         elif rule.vocabulary:
@@ -261,12 +257,22 @@ class MegatronSource:
     def read(self, name: str) -> torch.Tensor:
         """One whole tensor, put together from its rows in the global one."""
         rule, part = self._where[name]
-        stored, shape = self.stored[rule.key], self.shape(rule, part)
+        stored, shape = self.rows[rule.key], self.shape(rule, part)
         out = np.empty(shape[0] * stored.row_bytes, np.uint8)
         for first, last, target in part_segments(rule, part, 0, shape[0]):
             piece = out[target * stored.row_bytes : (target + last - first) * stored.row_bytes]
             read_rows(stored, first, last, piece, self._files)
         return as_tensor(out, stored.dtype, shape)
+
+
+def _fits(rule: TensorRule, stored: Stored) -> bool:
+    """Whether a tensor has the axis of experts that its rule says it has."""
+    return not rule.stack or (len(stored.shape) > 1 and stored.shape[0] == rule.stack)
+
+
+def as_rows(rule: TensorRule, stored: Stored) -> Stored:
+    """A global tensor as its rule speaks of it: a stack of experts [experts, rows, …] is [experts · rows, …]."""
+    return stored.merged() if rule.stack else stored
 
 
 def part_segments(rule: TensorRule, part: int, start: int, stop: int) -> Iterator[tuple[int, int, int]]:

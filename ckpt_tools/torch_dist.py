@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -28,11 +28,10 @@ COMMON_STATE = "common_state/shard_0_1"  # where Megatron's loader looks for wha
 CHUNK_BYTES = 256 << 20
 TRACKER = "latest_checkpointed_iteration.txt"
 
-# How the local layer spec calls what Transformer Engine's fused layers call otherwise.
-_RENAMED = (
-    (re.compile(r"\.input_layernorm\.(weight|bias)$"), r".self_attention.linear_qkv.layer_norm_\1"),
-    (re.compile(r"\.pre_mlp_layernorm\.(weight|bias)$"), r".mlp.linear_fc1.layer_norm_\1"),
-)
+# A layer's norms: alone, or fused into the linear layer after it, where a layer has that one. Transformer Engine fuses
+# what can be; Megatron's local spec writes the names of both kinds whatever there is.
+_NORMS = (("input_layernorm.", "self_attention.linear_qkv"), ("pre_mlp_layernorm.", "mlp.linear_fc1"))
+_HAS_EXTRA_STATE = re.compile(r"\.(linear_\w+|eh_proj|\w*norm)\.weight$")
 _STACKED = re.compile(r"decoder\.layers\.(?!\d+\.)")
 
 
@@ -54,11 +53,10 @@ def read_tensors(folder: Path) -> dict[str, Stored]:
     """
     index = read_index(folder)
     tensors: dict[str, Stored] = {}
-    for key, item in index.state_dict_metadata.items():
-        parts = key.split(".")
-        if "optimizer" in parts[:2] or not hasattr(item, "chunks") or parts[-1] == "_extra_state":
-            continue
-        name = canonical(key)
+    items = {key: item for key, item in index.state_dict_metadata.items() if _is_model_tensor(key, item)}
+    names = canonical(items)
+    for key, item in items.items():
+        name = names[key]
         stored = _tensor(folder, index, key, item)
         if _STACKED.match(name):
             rest = name.removeprefix("decoder.layers.")
@@ -75,12 +73,26 @@ def read_tensors(folder: Path) -> dict[str, Stored]:
     return tensors
 
 
-def canonical(key: str) -> str:
-    """A global key without the prefixes of other programs, layer norms under Transformer Engine's names."""
-    key = re.sub(r"^(model\.|module\.)+", "", key)
-    for pattern, name in _RENAMED:
-        key = pattern.sub(name, key)
-    return key
+def _is_model_tensor(key: str, item: Any) -> bool:
+    parts = key.split(".")
+    return "optimizer" not in parts[:2] and hasattr(item, "chunks") and parts[-1] != "_extra_state"
+
+
+def canonical(keys: Iterable[str]) -> dict[str, str]:
+    """Each global key → itself without the prefixes of other programs, layer norms under Transformer Engine's names."""
+    names = {key: re.sub(r"^(model\.|module\.)+", "", key) for key in keys}
+    found = set(names.values())
+    return {key: _fused_norm(name, found) for key, name in names.items()}
+
+
+def _fused_norm(name: str, found: Collection[str]) -> str:
+    """A norm's name: that of the fused layer where the model has the linear layer, and its own where it hasn't."""
+    for alone, linear in _NORMS:
+        for old, new in ((alone, f"{linear}.layer_norm_"), (f"{linear}.layer_norm_", alone)):
+            layer, there, rest = name.partition(f".{old}")
+            if there and (f"{layer}.{linear}.weight" in found) == (old == alone):
+                return f"{layer}.{new}{rest}"
+    return name
 
 
 def _tensor(folder: Path, index: Metadata, key: str, item: Any) -> Stored:
@@ -141,24 +153,28 @@ class CheckpointPlan:
 
 
 def plan_checkpoint(
-    tensors: Mapping[str, TensorSpec], folder: Path, *, max_shard_bytes: int = 5 * 10**9, chunk_bytes: int = CHUNK_BYTES
+    tensors: Mapping[str, TensorSpec],
+    folder: Path,
+    *,
+    stacks: Collection[str] = (),
+    max_shard_bytes: int = 5 * 10**9,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> CheckpointPlan:
-    """Plans a checkpoint of whole tensors under global keys, cut along axis 0 into chunks of about `chunk_bytes`.
+    """Plans a checkpoint of whole tensors under global keys, cut by rows into chunks of about `chunk_bytes`.
 
-    A file has at most `max_shard_bytes` (more where one chunk is larger).
+    stacks: keys of tensors [experts, rows, …]; each expert has chunks of its own, so that a rank reads only those of
+    its experts. A file has at most `max_shard_bytes` (more where one chunk is larger).
     """
     plan, places = CheckpointPlan(), {}
     number, position = 0, 0
     for key, spec in tensors.items():
         blocks = []
-        row_bytes = spec.nbytes // max(spec.shape[0], 1)
-        for first, last in row_chunks(0, spec.shape[0], row_bytes, budget=min(chunk_bytes, max_shard_bytes)):
-            shape = (last - first, *spec.shape[1:])
+        for offset, shape in _chunks(spec, key in stacks, min(chunk_bytes, max_shard_bytes)):
             head, tail = frame(spec.dtype, shape)
-            length = len(head) + (last - first) * row_bytes + len(tail)
+            length = len(head) + TensorSpec(spec.dtype, shape).nbytes + len(tail)
             if position and position + length > max_shard_bytes:
                 number, position = number + 1, 0
-            name, offset = f"__0_{number}.distcp", (first, *(0 for _ in spec.shape[1:]))
+            name = f"__0_{number}.distcp"
             data = position + len(head)
             plan.fixed += [(name, position, head), (name, position + length - len(tail), tail)]
             places[key, offset] = name, position, length, shape
@@ -167,7 +183,8 @@ def plan_checkpoint(
             plan.sizes[name] = position
         plan.tensors[key] = Stored(spec.dtype, spec.shape, tuple(blocks))
     name, objects = f"__0_{number}.distcp", {}
-    for keys, content in (([COMMON_STATE], [{}]), (extra_states(tensors), [None])):
+    experts = {key: tensors[key].shape[0] for key in stacks}
+    for keys, content in (([COMMON_STATE], [{}]), (extra_states(tensors, experts), [None])):
         data = _saved(content)
         plan.fixed.append((name, position, data))
         objects |= dict.fromkeys(keys, (name, position, len(data)))
@@ -178,15 +195,27 @@ def plan_checkpoint(
     return plan
 
 
-def extra_states(keys: Iterable[str]) -> list[str]:
-    """The objects that Megatron's linear layers and Transformer Engine's attention ask for next to their tensors.
+def _chunks(spec: TensorSpec, stack: bool, budget: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """(offset, shape) of the chunks of a tensor, in the order of its rows."""
+    slices = spec.shape[0] if stack else 1
+    rows, *inner = spec.shape[stack:]
+    row_bytes = spec.nbytes // max(slices * rows, 1)
+    for number in range(slices):
+        leading, one = ((number,), (1,)) if stack else ((), ())
+        for first, last in row_chunks(0, rows, row_bytes, budget=budget):
+            yield (*leading, first, *(0 for _ in inner)), (*one, last - first, *inner)
+
+
+def extra_states(keys: Iterable[str], stacks: Mapping[str, int]) -> list[str]:
+    """The objects that Megatron's linear layers, Transformer Engine's norms and attention ask for beside their tensors.
 
     They hold FP8 scales where there are any. A model without them is content with None, but not with nothing: its
-    loader refuses a checkpoint that lacks a key.
+    loader refuses a checkpoint that lacks a key. stacks: number of experts by key; each expert has its own.
     """
-    modules = [key.removesuffix(".weight") for key in keys if ".linear_" in key and key.endswith(".weight")]
-    modules += [name.replace("linear_qkv", "core_attention") for name in modules if name.endswith("linear_qkv")]
-    return [f"{module}._extra_state/shard_0_1" for module in modules]
+    modules = {key.removesuffix(".weight"): stacks.get(key, 1) for key in keys if _HAS_EXTRA_STATE.search(key)}
+    attention = [name.removesuffix("linear_proj") for name in modules if name.endswith(".linear_proj")]
+    modules |= {f"{name}core_attention": 1 for name in attention}
+    return [f"{name}._extra_state/shard_{i}_{count}" for name, count in modules.items() for i in range(count)]
 
 
 def _index(

@@ -11,14 +11,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from ckpt_tools.difference import Difference, check_dtypes, distance, explain, index_of
 from mcore_swift.errors import EXIT_FAILED, InputError
 
 if TYPE_CHECKING:
-    import torch
-
     from ckpt_tools.logits import LogitsReport
     from ckpt_tools.source import TensorSource
 
@@ -103,21 +101,6 @@ def verify(
     return 0 if report.equal else EXIT_FAILED
 
 
-class _Opened:
-    """A source whose specs are made once: here they are asked for with every tensor."""
-
-    def __init__(self, source: TensorSource) -> None:
-        self.path = source.path
-        self.kind: Literal["hf", "megatron"] = source.kind
-        self.model = source.model
-        self.specs = source.specs
-        self.keys = list(source.stored) if source.kind == "megatron" else []  # type: ignore[attr-defined]
-        self._source = source
-
-    def read(self, name: str) -> torch.Tensor:
-        return self._source.read(name)
-
-
 def _open(path: Path, config: Path | None) -> TensorSource:
     from ckpt_tools.source import open_source
     from ckpt_tools.torch_dist import checkpoint_folder
@@ -142,12 +125,11 @@ def _with_logits(
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
-def compare(source_a: TensorSource, source_b: TensorSource, *, any_dtype: bool = False, max_ulp: int = 0) -> Report:
+def compare(a: TensorSource, b: TensorSource, *, any_dtype: bool = False, max_ulp: int = 0) -> Report:
     """Compares names, shapes, dtypes and values of all tensors, and the configurations. Holds one pair at a time.
 
     any_dtype: dtypes may differ, values are compared after rounding to the coarser. max_ulp: what is still the same.
     """
-    a, b = _Opened(source_a), _Opened(source_b)
     found = [*compare_configs(a, b), *_compare_names(a, b), *_strangers(a, "A"), *_strangers(b, "B")]
     tensors = elements = differing = most = 0
     worst = ""
@@ -198,10 +180,10 @@ def _compare_names(a: TensorSource, b: TensorSource) -> Iterator[Difference]:
                 yield Difference(name, kind, f"{kind}: it is not in {where}")
 
 
-def _strangers(source: _Opened, letter: str) -> Iterator[Difference]:
+def _strangers(source: TensorSource, letter: str) -> Iterator[Difference]:
     """Tensors of a Megatron checkpoint that no rule knows: they have no Hugging Face name to be compared under."""
     known = _rules(source)
-    for key in source.keys:
+    for key in source.stored if source.kind == "megatron" else ():
         if key not in known:
             yield Difference(key, "extra", f"extra: the model that {letter}'s config describes has no such tensor")
 

@@ -5,6 +5,8 @@ Conversion works on files alone, and importing Megatron takes longer than conver
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -45,28 +47,49 @@ def weight_rules(source: ModelSource) -> dict[str, TensorRule]:
     return expand(source.family.rules, cast(Any, rule_config(source)), keys=GLOBAL_KEYS, tied=source.tied)
 
 
+def _attention_rows(c: Any) -> int:
+    return c.num_attention_heads * c.kv_channels
+
+
+def _qkv_rows(c: Any) -> int:
+    return _attention_rows(c) + 2 * c.num_query_groups * c.kv_channels
+
+
+def _hidden(c: Any) -> tuple[int, ...]:
+    return (c.hidden_size,)
+
+
+# Shapes by global key, that of a layer's tensor without the layer's own prefix; the vocabulary unpadded.
+_SHAPES: dict[str, Callable[[Any], tuple[int, ...]]] = {
+    "embedding.word_embeddings.weight": lambda c: (c.vocab_size, c.hidden_size),
+    "output_layer.weight": lambda c: (c.vocab_size, c.hidden_size),
+    "decoder.final_layernorm.weight": _hidden,
+    "self_attention.linear_qkv.layer_norm_weight": _hidden,
+    "self_attention.linear_qkv.weight": lambda c: (_qkv_rows(c), c.hidden_size),
+    "self_attention.linear_qkv.bias": lambda c: (_qkv_rows(c),),
+    "self_attention.q_layernorm.weight": lambda c: (c.kv_channels,),
+    "self_attention.k_layernorm.weight": lambda c: (c.kv_channels,),
+    "self_attention.linear_proj.weight": lambda c: (c.hidden_size, _attention_rows(c)),
+    "self_attention.linear_proj.bias": _hidden,
+    "pre_mlp_layernorm.weight": _hidden,
+    "mlp.linear_fc1.layer_norm_weight": _hidden,
+    "mlp.linear_fc1.weight": lambda c: (2 * c.ffn_hidden_size, c.hidden_size),
+    "mlp.linear_fc1.bias": lambda c: (2 * c.ffn_hidden_size,),
+    "mlp.linear_fc2.weight": lambda c: (c.hidden_size, c.ffn_hidden_size),
+    "mlp.linear_fc2.bias": _hidden,
+    "mlp.router.weight": lambda c: (c.num_moe_experts, c.hidden_size),
+    "mlp.router.expert_bias": lambda c: (c.num_moe_experts,),
+    "mlp.experts.experts.linear_fc1.weight": lambda c: (c.num_moe_experts, 2 * c.moe_ffn_hidden_size, c.hidden_size),
+    "mlp.experts.experts.linear_fc2.weight": lambda c: (c.num_moe_experts, c.hidden_size, c.moe_ffn_hidden_size),
+    "mlp.shared_experts.linear_fc1.weight": lambda c: (2 * c.moe_shared_expert_intermediate_size, c.hidden_size),
+    "mlp.shared_experts.linear_fc2.weight": lambda c: (c.hidden_size, c.moe_shared_expert_intermediate_size),
+    "mlp.shared_experts.gate_weight": lambda c: (1, c.hidden_size),
+}
+_LAYER = re.compile(r"^(decoder|mtp)\.layers\.\d+\.((mtp_model_layer|transformer_layer)\.)?")
+
+
 def global_shapes(source: ModelSource) -> dict[str, tuple[int, ...]]:
     """Global key → shape that the config asks for, the vocabulary unpadded; of the tensors whose kind is known here."""
-    c = rule_config(source)
-    hidden, ffn, vocabulary = c.hidden_size, c.ffn_hidden_size, source.vocab_size
-    heads = c.num_attention_heads * c.kv_channels
-    qkv = heads + 2 * c.num_query_groups * c.kv_channels
-    kinds = {
-        "word_embeddings.weight": (vocabulary, hidden),
-        "output_layer.weight": (vocabulary, hidden),
-        "final_layernorm.weight": (hidden,),
-        "linear_qkv.layer_norm_weight": (hidden,),
-        "linear_qkv.weight": (qkv, hidden),
-        "linear_qkv.bias": (qkv,),
-        "q_layernorm.weight": (c.kv_channels,),
-        "k_layernorm.weight": (c.kv_channels,),
-        "linear_proj.weight": (hidden, heads),
-        "linear_proj.bias": (hidden,),
-        "linear_fc1.layer_norm_weight": (hidden,),
-        "linear_fc1.weight": (2 * ffn, hidden),
-        "linear_fc1.bias": (2 * ffn,),
-        "linear_fc2.weight": (hidden, ffn),
-        "linear_fc2.bias": (hidden,),
-    }
-    tails = {key: ".".join(key.split(".")[-2:]) for key in weight_rules(source)}
-    return {key: kinds[tail] for key, tail in tails.items() if tail in kinds}
+    config = SimpleNamespace(**vars(rule_config(source)), vocab_size=source.vocab_size)
+    kinds = {key: _SHAPES.get(_LAYER.sub("", key)) for key in weight_rules(source)}
+    return {key: shape(config) for key, shape in kinds.items() if shape is not None}

@@ -69,11 +69,11 @@ def _wrong(
     name: str, spec: Spec, rule: TensorRule, part: int, whole: tuple[int, ...] | None, dtypes: Collection[str]
 ) -> list[str]:
     wrong = []
-    if rule.rows and spec.shape[:1] != (rule.rows[part],):
+    if rule.rows and not rule.packed and spec.shape[:1] != (rule.rows[part],):
         rows = spec.shape[0] if spec.shape else 0
         wrong.append(f"{name} has {rows} rows, the config says {rule.rows[part]}")
     elif whole is not None:
-        shape = (rule.rows[part] if rule.rows else whole[0], *whole[1:])
+        shape = rule.hf_shapes(whole)[part]
         if tuple(spec.shape) != shape:
             wrong.append(f"{name} has shape {list(spec.shape)}, the config says {list(shape)}")
     if spec.dtype not in dtypes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers that old Hugging Face folders carry
+MXFP4_SUFFIX = "_blocks"  # of a tensor in the hub's gpt-oss folders; its scales lie beside it
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ def _shard(item: Any) -> Shard:
     )
 
 
-def _rule(rules: Mapping[str, TensorRule], shard: Shard) -> TensorRule:
+def rule_of(shard: Shard, rules: Mapping[str, TensorRule]) -> TensorRule:
+    """The rule of a shard's tensor, or of its slice in a stack of experts."""
     rule = rules[shard.key]
     return rule if shard.expert is None else rule.of_expert(shard.expert)
 
@@ -99,6 +102,12 @@ def check_coverage(rules: Mapping[str, TensorRule], folder: io.SafetensorsFolder
 
     Raises InputError that lists every tensor that is missing, unexpected or mis-shaped (up to ten of each).
     """
+    quantized = next((name for name in folder.entries if name.endswith(MXFP4_SUFFIX)), None)
+    if quantized is not None:
+        raise InputError(
+            f"{folder.folder}: {quantized} is MXFP4, which a running model does not load;"
+            f" decode the folder first: mcore-swift convert {folder.folder} DST"
+        )
     ignored = [name for name in folder.entries if name.endswith(IGNORED_SUFFIXES)]
     misfits = hf_misfits(
         rules, folder.entries, dtypes=DTYPES, ignored=[*ignored, "lm_head.weight"] if tied else ignored
@@ -116,11 +125,18 @@ def load(
     """
     check_coverage(rules, folder, tied=tied)
     vocab_size: int = chunks[0].true_vocab_size  # type: ignore[assignment]
+    packed = lru_cache(maxsize=1)(partial(_read_packed, folder))  # gate and up are two shards of one slice
     error: InputError | None = None
     try:
         with torch.no_grad():
             for shard in local_shards(chunks):
-                _load_shard(shard, _rule(rules, shard), folder, vocab_size=vocab_size)
+                rule = rule_of(shard, rules)
+                if rule.packed:
+                    _check_packed(rules[shard.key], shard, folder)
+                    inside = (slice(o, o + n) for o, n in zip(shard.offset, shard.data.shape, strict=True))
+                    shard.data.copy_(packed(rule)[tuple(inside)])
+                else:
+                    _load_shard(shard, rule, folder, vocab_size=vocab_size)
     except InputError as problem:  # perhaps only this rank reads the tensor that is wrong
         error = problem
     parallel.raise_together(error)
@@ -142,11 +158,30 @@ def _load_shard(shard: Shard, rule: TensorRule, folder: io.SafetensorsFolder, *,
         segments.setdefault(part, []).append((first, last, target))
     for part, pieces in segments.items():
         low, high = min(p[0] for p in pieces), max(p[1] for p in pieces)  # contiguous: whole groups of one part
-        block = folder.read(rule.hf[part], slice(low, high), *inner)
-        if not bool(torch.isfinite(block).all()):
-            raise InputError(f"{folder.folder}: tensor {rule.hf[part]} has NaN or infinite values")
+        block = _read_finite(folder, rule.hf[part], slice(low, high), *inner)
         for first, last, target in pieces:
             shard.data[target : target + last - first] = block[first - low : last - low]
+
+
+def _read_finite(folder: io.SafetensorsFolder, name: str, *slices: slice) -> torch.Tensor:
+    block = folder.read(name, *slices)
+    if not bool(torch.isfinite(block).all()):
+        raise InputError(f"{folder.folder}: tensor {name} has NaN or infinite values")
+    return block
+
+
+def _check_packed(rule: TensorRule, shard: Shard, folder: io.SafetensorsFolder) -> None:
+    found, (needed,) = folder.entries[rule.hf[0]].shape, rule.hf_shapes((rule.stack, *shard.global_shape))
+    if found != needed:
+        raise InputError(
+            f"{folder.folder}: {rule.hf[0]}: shape {list(found)} where the config needs {list(needed)}"
+        )
+
+
+def _read_packed(folder: io.SafetensorsFolder, rule: TensorRule) -> torch.Tensor:
+    """The slice of a stack's global tensor that `rule` is about, whole."""
+    assert rule.expert is not None
+    return rule.unpack(_read_finite(folder, rule.hf[0], slice(rule.expert, rule.expert + 1))[0])
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -162,9 +197,9 @@ def hf_specs(
     """Shape and dtype of every Hugging Face tensor of the model, from Megatron's (as `global_shapes` gives them)."""
     specs = {}
     for key, rule in rules.items():
-        rows = rule.rows or ((vocab_size if rule.vocabulary else shapes[key][0]),)
-        for name, count in zip(rule.hf, rows, strict=True):
-            specs[name] = io.TensorSpec(dtype(name), (count, *shapes[key][1:]))
+        shape = (vocab_size, *shapes[key][1:]) if rule.vocabulary else shapes[key]
+        for name, own in zip(rule.hf, rule.hf_shapes((rule.stack, *shape) if rule.stack else shape), strict=True):
+            specs[name] = io.TensorSpec(dtype(name), own)
     return specs
 
 
@@ -182,8 +217,10 @@ def hf_tensors(
     *,
     vocab_size: int,
     value: Callable[[torch.Tensor], torch.Tensor] = lambda parameter: parameter.data,
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Iterator[tuple[str, torch.Tensor, int | None]]:
     """Whole tensors under their Hugging Face names, each yielded by one rank of the job, on the CPU.
+
+    Of a tensor that packs all experts, each expert's slice comes by itself, with the expert's number as the third item.
 
     A collective call over each TP group, and each expert-TP group. A tensor is gathered to one rank of its stage;
     tensors go round the ranks that hold the same parts of it in turn, so that all of them share the work and no rank
@@ -202,7 +239,8 @@ def hf_tensors(
         owner = (number // copies) % dist.get_world_size(group)
         whole = _gather(shards, owner, group)
         if whole is not None:
-            yield from _split(whole, _rule(rules, shards[0]), vocab_size)
+            rule = rule_of(shards[0], rules)
+            yield from ((name, tensor, rule.expert) for name, tensor in _split(whole, rule, vocab_size))
 
 
 def _gather(shards: list[Shard], owner: int, group: dist.ProcessGroup) -> torch.Tensor | None:
@@ -226,6 +264,9 @@ def _gather(shards: list[Shard], owner: int, group: dist.ProcessGroup) -> torch.
 
 def _split(whole: torch.Tensor, rule: TensorRule, vocab_size: int) -> Iterator[tuple[str, torch.Tensor]]:
     """The inverse of the layout: one global tensor → its Hugging Face tensors."""
+    if rule.packed:
+        yield rule.hf[0], rule.pack(whole)
+        return
     if not rule.rows:
         yield rule.hf[0], whole[:vocab_size] if rule.vocabulary else whole
         return
@@ -251,10 +292,10 @@ def save(
     plan = io.plan_output(specs, max_shard_bytes=max_shard_bytes)
     parallel.on_first_rank(lambda: io.create_files(folder, plan))
     error: OSError | None = None
-    for name, tensor in hf_tensors(chunks, rules, vocab_size=vocab_size):
+    for name, tensor, expert in hf_tensors(chunks, rules, vocab_size=vocab_size):
         try:
             if error is None:
-                io.write_tensor(folder, plan, name, tensor.to(DTYPES[specs[name].dtype]))
+                io.write_tensor(folder, plan, name, tensor.to(DTYPES[specs[name].dtype]), index=expert)
         except OSError as problem:  # the others are waiting in the next gather: go on, and raise together
             error = problem
     parallel.raise_together(error)
