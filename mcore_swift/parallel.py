@@ -34,6 +34,13 @@ class ParallelPlan:
     dp: int
     sequence_parallel: bool
     pipeline: PipelineWish = field(default_factory=PipelineWish)
+    cp_comm_type: str | None = None  # None: what the model can use, see models.context_rules
+    hierarchical_cp: tuple[int, ...] | None = None
+
+    @property
+    def length_multiple(self) -> int:
+        """What a sequence's length is a multiple of: each CP rank takes two equal chunks, and SP cuts them again."""
+        return self.tp * (2 * self.cp if self.cp > 1 else 1)
 
     @property
     def model_parallel_size(self) -> int:
@@ -73,6 +80,8 @@ def resolve(section: ParallelSection, *, world_size: int | None) -> ParallelPlan
             account_embedding=section.account_embedding,
             account_loss=section.account_loss,
         ),
+        cp_comm_type=section.cp_comm_type,
+        hierarchical_cp=tuple(section.hierarchical_cp) if section.hierarchical_cp else None,
     )
 
 
@@ -93,6 +102,7 @@ def initialize(plan: ParallelPlan, platform: Platform, *, seed: int) -> None:
         pipeline_model_parallel_size=plan.pp,
         virtual_pipeline_model_parallel_size=plan.vpp if plan.vpp > 1 else None,
         context_parallel_size=plan.cp,
+        hierarchical_context_parallel_sizes=list(plan.hierarchical_cp) if plan.hierarchical_cp else None,
         expert_model_parallel_size=plan.ep,
         expert_tensor_parallel_size=plan.etp,
         create_gloo_process_groups=platform.name == "cpu",
@@ -111,7 +121,7 @@ def shutdown() -> None:
     # Megatron 0.19.2 forgets some of its groups. Kept, they would be freed by whoever makes the next ones: in a fork of
     # this process that is a crash, because the threads they join are not there.
     for name, value in list(vars(parallel_state).items()):
-        if isinstance(value, dist.ProcessGroup):
+        if any(isinstance(group, dist.ProcessGroup) for group in (value if isinstance(value, list) else [value])):
             setattr(parallel_state, name, None)
 
 
@@ -124,6 +134,9 @@ class Ranks:
     dp: int
     dp_size: int
     is_last_stage: bool
+    tp_size: int = 1
+    cp: int = 0
+    cp_size: int = 1
 
 
 def ranks() -> Ranks:
@@ -135,6 +148,9 @@ def ranks() -> Ranks:
         dp=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         is_last_stage=parallel_state.is_pipeline_last_stage(ignore_virtual=True),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        cp=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
     )
 
 

@@ -14,6 +14,10 @@ from typing import ClassVar, Literal
 
 DataFormat = Literal["auto", "messages", "prompt_response", "text", "indexed", "synthetic"]
 
+# Transformer Engine's ways to exchange keys and values: a ring, all at once, Ulysses (heads for tokens), Ulysses in a
+# ring. On the CPU all are one exact attention, but what a mode asks of the model is checked there too.
+CpCommType = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
+
 
 class _Strict:
     """What pydantic enforces when `recipe_io` builds the sections: no unknown keys, no silent conversions, no NaN."""
@@ -34,7 +38,9 @@ class ParallelSection(_Strict):
     tp: int = 1  # tensor parallel size
     pp: int = 1  # pipeline stages
     vpp: int = 1  # model chunks a pipeline rank (interleaved schedule)
-    cp: int = 1  # context parallel size
+    cp: int = 1  # context parallel size: ranks that share out every sequence
+    cp_comm_type: CpCommType | None = None  # exchange of keys and values; default: by the model; on CPU all do the same
+    hierarchical_cp: list[int] | None = None  # a2a+p2p: [ranks of an all-to-all, of the ring], product cp
     ep: int = 1  # expert parallel size
     etp: int | None = None  # tensor parallel size inside experts; default: tp
     dp: int | None = None  # data parallel size; default: whatever the ranks leave

@@ -234,7 +234,11 @@ CASES: dict[str, tuple[Change, list[str], tuple[str, ...]]] = {
         ("runtime.recompute_modules", "core_attn"),
     ),
     "warm-up longer than the run": (nothing, ["--schedule.warmup_steps", "5"], ("schedule.warmup_steps", "5")),
-    "context parallelism, not yet": (nothing, ["--parallel.cp", "2"], ("parallel.cp", "not supported yet")),
+    "heads that an all-to-all can't share out": (
+        nothing,
+        ["--parallel.cp", "4", "--parallel.cp_comm_type", "a2a"],
+        ("parallel.cp_comm_type", "cp 4", "2 key-value heads"),
+    ),
     "SGD, sharded": (nothing, ["--optimizer.name", "sgd"], ("optimizer.name", "optimizer.distributed")),
     "output is a file": (lambda p: (p / "run").write_text("mine"), [], ("checkpoint.dir", "run")),
 }

@@ -210,7 +210,10 @@ def test_help_answers_in_half_a_second_without_importing_what_it_does_not_need()
 
 
 def test_a_real_process_ends_with_one_message_and_code_2(recipe: Path) -> None:
-    command = [sys.executable, "-m", "mcore_swift.cli", "train", str(recipe), "--parallel.cp", "2"]
+    command = [sys.executable, "-m", "mcore_swift.cli", "train", str(recipe), "--parallel.vpp", "2"]
     process = subprocess.run(command, capture_output=True, text=True)
     assert (process.returncode, process.stdout) == (2, "")
-    assert process.stderr == "mcore-swift: error: parallel.cp: 2 is not supported yet; allowed: 1\n"
+    assert process.stderr == (
+        "mcore-swift: error: parallel.vpp: 2 model chunks a pipeline rank need parallel.pp > 1, found pp 1; "
+        "raise pp or leave vpp out\n"
+    )

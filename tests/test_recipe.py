@@ -209,7 +209,15 @@ CONTRADICTIONS = [
     ("--runtime.seed -1", "runtime.seed: found -1; it must be between 0 and 2147483647"),
     ("--runtime.profile_steps [0]", "runtime.profile_steps: found [0]; it must be steps counted from 1"),
     ("--model.path ''", "model.path: found ''; it must be a path, not an empty text"),
-    ("--parallel.cp 2", "parallel.cp: 2 is not supported yet; allowed: 1"),
+    ("--parallel.cp_comm_type a2a", "parallel.cp_comm_type: a2a needs parallel.cp > 1, found cp 1; leave it out"),
+    ("--parallel.cp 2 --parallel.cp_comm_type ring", "parallel.cp_comm_type"),
+    ("--parallel.cp 4 --parallel.hierarchical_cp [2,2]", "used by parallel.cp_comm_type: a2a+p2p only, found None"),
+    ("--parallel.cp 4 --parallel.cp_comm_type a2a+p2p", "parallel.hierarchical_cp: found None for"),
+    (
+        "--parallel.cp 4 --parallel.cp_comm_type a2a+p2p --parallel.hierarchical_cp [2,4]",
+        "parallel.hierarchical_cp: found [2, 4] for parallel.cp_comm_type: a2a+p2p; give two sizes above 1, of an "
+        "all-to-all and of the ring, whose product is parallel.cp 4",
+    ),
     ("--model.overrides {num_hidden_layers: 2}", "they need model.init: random"),
     ("--parallel.sequence_parallel true", "parallel.sequence_parallel: true needs parallel.tp > 1"),
     ("--parallel.vpp 2", "parallel.vpp: 2 model chunks a pipeline rank need parallel.pp > 1"),

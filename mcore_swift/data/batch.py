@@ -15,6 +15,8 @@ class MicroBatch:
     Packed: b == 1, `cu_seqlens` int32 [n + 1] starts at 0 and ends at s (tail padding is a segment of its own, with
     loss_mask 0), `max_seqlen` is the longest segment. Unpacked: both None, rows are padded on the right.
     Where the loss mask is 0 the label is 0 (a valid index).
+
+    A context parallel rank's part (`context_split.part_of`) has s / cp positions, and the `cu_seqlens` of the whole.
     """
 
     tokens: torch.Tensor

@@ -9,7 +9,7 @@ from mcore_swift.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderShape:
-    """Sizes a loader is built for. `pad_multiple`: lengths are padded to a multiple of it (tp x cp and the like)."""
+    """Sizes a loader is built for. `pad_multiple`: lengths are padded to a multiple of it (tp x 2·cp)."""
 
     global_batch_size: int
     micro_batch_size: int

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mcore_swift import parallel
 from mcore_swift.errors import InputError
+from mcore_swift.models.context_rules import context_fields
 from mcore_swift.models.family import Family, HFConfig
 from mcore_swift.models.layout_rules import MODEL_RULES, Fit
 from mcore_swift.models.registry import family_of
@@ -104,7 +105,7 @@ def transformer_config(
         "pipeline_model_parallel_size": plan.pp,
         "virtual_pipeline_model_parallel_size": plan.vpp if plan.vpp > 1 else None,
         "pipeline_model_parallel_layout": megatron_layout(source, plan),
-        "context_parallel_size": plan.cp,
+        **context_fields(plan, fields),
         "sequence_parallel": plan.sequence_parallel,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mcore_swift.models.context_rules import CONTEXT_RULES
 from mcore_swift.parallel import ParallelPlan
 from mcore_swift.pipeline import parse
 from mcore_swift.recipe_checks.table import Row
@@ -173,4 +174,5 @@ MODEL_RULES: list[Row[Fit]] = [
         "{r.written} has other than the model's {r.mtp} multi-token prediction layers ({r.folder})",
         "write an m for each of them before the L",
     ),
+    *CONTEXT_RULES,
 ]

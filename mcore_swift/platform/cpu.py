@@ -138,6 +138,7 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
+        kwargs.pop("pin_memory", None)  # it would start the CUDA driver
         return function(*args, **kwargs)
 
     return call

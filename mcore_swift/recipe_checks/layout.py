@@ -5,14 +5,12 @@ from __future__ import annotations
 from mcore_swift.recipe import Recipe
 from mcore_swift.recipe_checks.table import Row
 
+
+def _are_levels(sizes: list[int] | None, cp: int) -> bool:
+    return sizes is not None and len(sizes) == 2 and min(sizes) > 1 and sizes[0] * sizes[1] == cp
+
+
 LAYOUT: list[Row[Recipe]] = [
-    Row(
-        "parallel.cp",
-        "greater than 1",
-        lambda r: r.parallel.cp > 1,
-        "{r.parallel.cp} is not supported yet",
-        "allowed: 1",
-    ),
     Row(
         "model.overrides",
         "any, with model.init: pretrained",
@@ -41,6 +39,27 @@ LAYOUT: list[Row[Recipe]] = [
         "{r.parallel.vpp} with data.packing: false is not supported: the interleaved schedule needs micro-batches of "
         "one length",
         "set data.packing: true",
+    ),
+    Row(
+        "parallel.cp_comm_type",
+        "any, with parallel.cp: 1",
+        lambda r: r.parallel.cp_comm_type and r.parallel.cp == 1,
+        "{r.parallel.cp_comm_type} needs parallel.cp > 1, found cp 1",
+        "leave it out or raise cp",
+    ),
+    Row(
+        "parallel.hierarchical_cp",
+        "any, with another parallel.cp_comm_type than a2a+p2p",
+        lambda r: r.parallel.hierarchical_cp is not None and r.parallel.cp_comm_type != "a2a+p2p",
+        "{r.parallel.hierarchical_cp} is used by parallel.cp_comm_type: a2a+p2p only, found {r.parallel.cp_comm_type}",
+        "leave it out or set cp_comm_type",
+    ),
+    Row(
+        "parallel.hierarchical_cp",
+        "other than two sizes above 1 whose product is cp, with parallel.cp_comm_type: a2a+p2p",
+        lambda r: r.parallel.cp_comm_type == "a2a+p2p" and not _are_levels(r.parallel.hierarchical_cp, r.parallel.cp),
+        "found {r.parallel.hierarchical_cp} for parallel.cp_comm_type: a2a+p2p",
+        "give two sizes above 1, of an all-to-all and of the ring, whose product is parallel.cp {r.parallel.cp}",
     ),
     Row(
         "runtime.ranks",

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from mcore_swift import parallel
 from mcore_swift.data.batch import MicroBatch
 from mcore_swift.objectives.objective import Objective
+from mcore_swift.training import context
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
@@ -31,22 +32,29 @@ class StepResult:
     loss: float  # mean over the labels that count
     metrics: dict[str, float]
     loss_tokens: int
-    tokens: int  # positions processed, padding included
+    tokens: int  # positions of the micro-batches, padding included (not what context parallelism adds)
     sum_squared_lengths: float  # Σ document length², for attention FLOPs
     grad_norm: float = 0.0
     skipped: bool = False
 
 
 def packed_params(batch: MicroBatch) -> PackedSeqParams | None:
-    """Megatron's description of a packed micro-batch, or None for an unpacked one."""
+    """Megatron's description of a packed micro-batch, or None for an unpacked one.
+
+    Under context parallelism Transformer Engine demands the padded boundaries, too. Ours are the padded ones: it takes
+    the same tensor given twice to mean that there is no padding between documents, and has its fastest kernels left.
+    """
     if batch.cu_seqlens is None:
         return None
     from megatron.core.packed_seq_params import PackedSeqParams
 
+    padded = batch.cu_seqlens if parallel.ranks().cp_size > 1 else None
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
+        cu_seqlens_q_padded=padded,  # type: ignore[arg-type]
+        cu_seqlens_kv_padded=padded,  # type: ignore[arg-type]
         max_seqlen_q=batch.max_seqlen,  # type: ignore[arg-type]
         max_seqlen_kv=batch.max_seqlen,  # type: ignore[arg-type]
     )
@@ -55,7 +63,11 @@ def packed_params(batch: MicroBatch) -> PackedSeqParams | None:
 def forward_step(
     objective: Objective, batches: Iterator[MicroBatch], model: torch.nn.Module
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
-    """Megatron's forward step function: the model's output, and the function that turns it into a loss."""
+    """Megatron's forward step function: the model's output, and the function that turns it into a loss.
+
+    The batches are this rank's parts: the loss is a sum over them, so context parallel ranks add up like data parallel
+    ones.
+    """
     batch = next(batches)
     output = model(batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=packed_params(batch))
 
@@ -71,6 +83,11 @@ def forward_step(
     return output, loss
 
 
+def parts(batches: Sequence[MicroBatch], device: torch.device) -> list[MicroBatch]:
+    """What this rank computes of its micro-batches, on its device."""
+    return [batch.to(device) for batch in context.share(batches)]
+
+
 def run_schedule(
     models: Sequence[torch.nn.Module], batches: Sequence[MicroBatch], objective: Objective, *, forward_only: bool
 ) -> list[dict[str, Tensor]]:
@@ -84,14 +101,17 @@ def run_schedule(
         data_iterator=iterators if len(models) > 1 else iterators[0],  # type: ignore[arg-type]
         model=list(models) if len(models) > 1 else models[0],  # type: ignore[arg-type]
         num_microbatches=len(batches),
-        seq_length=tokens.size(1),
+        seq_length=tokens.size(1) * parallel.ranks().cp_size,  # Megatron divides again
         micro_batch_size=tokens.size(0),
         forward_only=forward_only,
     )
 
 
 def summarize(sums: list[dict[str, Tensor]], batches: Sequence[MicroBatch], device: torch.device) -> StepResult:
-    """Adds up over micro-batches and data parallel ranks; every rank of the job gets the result."""
+    """Adds up over micro-batches and data parallel ranks; every rank of the job gets the result.
+
+    `sums` are of this rank's parts, `batches` are whole: the first of a context parallel group counts their sizes.
+    """
     squared = sum(_sum_squared_lengths(batch) for batch in batches)
     positions = float(sum(batch.tokens.numel() for batch in batches))
     group = parallel.pp_group()
@@ -105,7 +125,8 @@ def summarize(sums: list[dict[str, Tensor]], batches: Sequence[MicroBatch], devi
         values[: len(names)] = torch.stack(
             [torch.stack([part[name].double() for part in sums]).sum() for name in names]
         )
-        values[-2], values[-1] = positions, squared
+        if parallel.ranks().cp == 0:
+            values[-2], values[-1] = positions, squared
         dist.all_reduce(values, group=parallel.dp_group())
     if last > 0:
         dist.broadcast(values, group=group, group_src=last)
@@ -138,8 +159,7 @@ def train_step(
     for model in models:
         model.zero_grad_buffer()
     optimizer.zero_grad()
-    moved = [batch.to(device) for batch in batches]
-    sums = run_schedule(models, moved, objective, forward_only=False)
+    sums = run_schedule(models, parts(batches, device), objective, forward_only=False)
     updated, grad_norm, _ = cast(Any, optimizer).step()
     result = summarize(sums, batches, device)
     return StepResult(**{**result.__dict__, "grad_norm": float(grad_norm or 0.0), "skipped": not updated})
@@ -152,7 +172,7 @@ def eval_step(
     """The loss of these micro-batches; nothing is changed."""
     for model in models:
         model.eval()
-    sums = run_schedule(models, [batch.to(device) for batch in batches], objective, forward_only=True)
+    sums = run_schedule(models, parts(batches, device), objective, forward_only=True)
     for model in models:
         model.train()
     return summarize(sums, batches, device)

@@ -111,7 +111,7 @@ class Trainer:
             sequence_length=recipe.data.sequence_length,
             dp_rank=place.dp,
             dp_size=place.dp_size,
-            pad_multiple=self.plan.tp * self.plan.cp,
+            pad_multiple=self.plan.length_multiple,
         )
         return build_loaders(
             recipe.data, shape=shape, tokenizer=tokenizer, seed=recipe.runtime.seed, vocab_size=self.source.vocab_size

@@ -25,8 +25,8 @@ KEYS = {
     "model": "path init overrides tokenizer",
     "data": "train validation validation_split format packing sequence_length too_long shuffle streaming cache_dir "
     "chat_template",
-    "parallel": "tp pp vpp cp ep etp dp sequence_parallel pipeline_layout first_stage_layers last_stage_layers "
-    "account_embedding account_loss",
+    "parallel": "tp pp vpp cp cp_comm_type hierarchical_cp ep etp dp sequence_parallel pipeline_layout "
+    "first_stage_layers last_stage_layers account_embedding account_loss",
     "objective": "name",
     "optimizer": "name weight_decay beta1 beta2 eps clip_grad distributed",
     "schedule": "steps epochs global_batch_size micro_batch_size learning_rate min_learning_rate warmup_steps decay "

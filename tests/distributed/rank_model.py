@@ -56,7 +56,7 @@ def documents(vocab_size: int) -> list[Document]:
     return found
 
 
-def micro_batches(recipe: Recipe, vocab_size: int, place: parallel.Ranks, tp: int) -> list[MicroBatch]:
+def micro_batches(recipe: Recipe, vocab_size: int, place: parallel.Ranks) -> list[MicroBatch]:
     """This rank's micro-batches of the one global batch that all tests use."""
     texts = documents(vocab_size)
     samples = [texts[i : i + 2] for i in range(0, len(texts), 2)] if recipe.data.packing else [[t] for t in texts]
@@ -66,7 +66,7 @@ def micro_batches(recipe: Recipe, vocab_size: int, place: parallel.Ranks, tp: in
         sequence_length=SEQUENCE_LENGTH,
         dp_rank=place.dp,
         dp_size=place.dp_size,
-        pad_multiple=tp,
+        pad_multiple=parallel.resolve(recipe.parallel, world_size=None).length_multiple,
     )
     return [
         collate([samples[slot] for slot in slots], packing=recipe.data.packing, shape=shape, pad_id=0)
@@ -165,7 +165,7 @@ def _train_rank(recipe: Recipe) -> Trained:
 
     model = open_model(recipe)
     place = parallel.ranks()
-    batches = micro_batches(recipe, model.source.vocab_size, place, recipe.parallel.tp)
+    batches = micro_batches(recipe, model.source.vocab_size, place)
     objective = OBJECTIVES["sft"]
     gradients = gradients_of_first_step(model)
     set_learning_rate(model.optimizer, recipe.schedule.learning_rate, recipe.optimizer.weight_decay)
@@ -227,9 +227,10 @@ def gather_gradient_shards(models: Sequence[Any]) -> None:
 def _over_dp_ranks(value: int) -> list[int]:
     import torch.distributed as dist
 
-    values = [torch.zeros((), dtype=torch.int64) for _ in range(parallel.ranks().dp_size)]
+    place = parallel.ranks()
+    values = [torch.zeros((), dtype=torch.int64) for _ in range(place.dp_size * place.cp_size)]
     dist.all_gather(values, torch.tensor(value), group=parallel.dp_group())
-    return [int(v) for v in values]
+    return [int(v) for v in values[:: place.cp_size]]  # ranks of a context parallel group follow each other
 
 
 # --- logits ----------------------------------------------------------------------------------------------------------

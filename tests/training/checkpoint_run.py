@@ -59,7 +59,7 @@ class Run:
         from mcore_swift.training.optimizer import set_learning_rate
         from mcore_swift.training.step import train_step
 
-        everything = micro_batches(self.recipe, self.model.source.vocab_size, parallel.ranks(), self.recipe.parallel.tp)
+        everything = micro_batches(self.recipe, self.model.source.vocab_size, parallel.ranks())
         results = []
         for _ in range(steps):
             set_learning_rate(self.model.optimizer, 1e-2 / (1 + self.step), 0.1)
