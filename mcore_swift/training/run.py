@@ -9,12 +9,14 @@ from pathlib import Path
 from mcore_swift import rank_env
 from mcore_swift.errors import InputError
 from mcore_swift.models.build import ModelSource, check_layout, read_source
+from mcore_swift.models.lever_rules import check_levers
 from mcore_swift.parallel import ParallelPlan, resolve
 from mcore_swift.platform import Platform, select
 from mcore_swift.ranks import launch
 from mcore_swift.recipe import Recipe
 from mcore_swift.recipe_checks.job import BATCHES, Batches
 from mcore_swift.recipe_checks.table import refuse
+from mcore_swift.training.levers import environment
 
 
 def run(recipe: Recipe) -> int:
@@ -23,7 +25,11 @@ def run(recipe: Recipe) -> int:
     plan = plan_ranks(recipe, platform)
     source = model_source(recipe)
     check_layout(source, plan)
+    check_levers(recipe, plan, source, on_cpu=platform.name == "cpu")
     check_micro_batches(recipe, plan)
+
+    for name, value in environment(recipe).items():
+        os.environ.setdefault(name, value)
 
     def rank() -> None:
         from mcore_swift import parallel

@@ -12,7 +12,7 @@ from mcore_swift.models.build import ModelSource, build_chunks, tensor_rules, tr
 from mcore_swift.parallel import ParallelPlan
 from mcore_swift.platform import Platform
 from mcore_swift.recipe import Recipe
-from mcore_swift.training import checkpoint
+from mcore_swift.training import checkpoint, levers
 from mcore_swift.training.optimizer import build_optimizer, wrap_chunks
 from mcore_swift.weights import live
 from mcore_swift.weights.hf_folder import dtype_of
@@ -66,27 +66,6 @@ class TrainingModel:
                 model.start_param_sync(force_sync=True)
 
 
-def precision_fields(recipe: Recipe) -> dict[str, object]:
-    """TransformerConfig fields for FP8 (Transformer Engine recipes)."""
-    if recipe.precision.fp8 is None:
-        return {}
-    return {"fp8": recipe.precision.fp8_format, "fp8_recipe": recipe.precision.fp8}
-
-
-def recompute_fields(recipe: Recipe) -> dict[str, object]:
-    """TransformerConfig fields for activation recomputation."""
-    runtime = recipe.runtime
-    if runtime.recompute == "selective":
-        return {"recompute_granularity": "selective", "recompute_modules": runtime.recompute_modules}
-    if runtime.recompute == "full":
-        return {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": runtime.recompute_layers,
-        }
-    return {}
-
-
 def build(recipe: Recipe, source: ModelSource, plan: ParallelPlan, platform: Platform) -> TrainingModel:
     """Builds the model with its weights, wraps it, and makes its optimizer. Collective over the job."""
     import torch
@@ -95,14 +74,11 @@ def build(recipe: Recipe, source: ModelSource, plan: ParallelPlan, platform: Pla
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
     overlap = platform.name == "cuda" if recipe.runtime.overlap is None else recipe.runtime.overlap
     extra = {
-        **precision_fields(recipe),
-        **recompute_fields(recipe),
+        **levers.config_fields(recipe, overlap=overlap),
         "variable_seq_lengths": plan.pp > 1 and not recipe.data.fixed_length,
-        "overlap_p2p_comm": overlap and plan.vpp > 1,
     }
-    if overlap and plan.vpp > 1:
-        extra["batch_p2p_comm"] = False
     config = transformer_config(source, plan, platform, dtype=dtype, extra=extra)
+    levers.start_user_buffers(recipe, config)
     chunks = build_chunks(source, config, plan, platform)
     rules = tensor_rules(source, config)
     entries = load_weights(recipe, source, chunks, rules)

@@ -28,13 +28,16 @@ KEYS = {
     "parallel": "tp pp vpp cp cp_comm_type hierarchical_cp ep etp dp sequence_parallel pipeline_layout "
     "first_stage_layers last_stage_layers account_embedding account_loss",
     "objective": "name",
-    "optimizer": "name weight_decay beta1 beta2 eps clip_grad distributed",
+    "optimizer": "name weight_decay beta1 beta2 eps clip_grad distributed fsdp main_params exp_avg_dtype "
+    "exp_avg_sq_dtype offload_fraction muon_momentum muon_nesterov muon_steps muon_coefficients muon_scale "
+    "muon_extra_scale muon_precision",
     "schedule": "steps epochs global_batch_size micro_batch_size learning_rate min_learning_rate warmup_steps decay "
     "decay_steps eval_interval eval_batches",
-    "precision": "dtype fp8 fp8_format",
+    "precision": "dtype fp8 fp8_format fp8_param_gather",
     "checkpoint": "dir interval final keep asynchronous optimizer resume export overwrite",
     "logging": "interval tensorboard wandb_project wandb_name",
-    "runtime": "device ranks seed threads recompute recompute_modules recompute_layers overlap profile_steps",
+    "runtime": "device ranks seed threads recompute recompute_modules recompute_method "
+    "recompute_layers offload_layers offload_modules overlap tp_overlap ep_overlap delay_wgrad profile_steps",
 }
 
 
