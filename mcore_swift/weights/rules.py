@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -59,6 +59,8 @@ class Rule:
     """One row: Megatron tensor ↔ Hugging Face tensor(s). `{i}` stands for the layer's number, `{e}` for the expert's.
 
     `experts`: the Megatron tensor stacks all experts along a leading axis; it needs a layout whose `groups` is 1.
+    `packed`: so does the Hugging Face tensor, and the layout's parts, all of one length, are its rows in turn:
+    g₀ u₀ g₁ u₁ …. `transposed`: a packed tensor is [experts, columns, rows].
     """
 
     mcore: str
@@ -67,6 +69,8 @@ class Rule:
     when: Callable[[TransformerConfig], bool] = lambda config: True
     vocabulary: bool = False  # axis 0 is the vocabulary, padded in Megatron
     experts: bool = False
+    packed: bool = False
+    transposed: bool = False
     layers: Callable[[TransformerConfig, int], bool] = lambda config, layer: True
 
 
@@ -76,6 +80,9 @@ class TensorRule:
 
     With `stack` the global tensor is [stack, rows, …], one slice an expert, and everything here speaks of it as
     [stack · rows, …]: row r of expert e is row e · rows + r.
+
+    With `packed` there is one Hugging Face tensor, a stack too, and an expert's slice is the smallest piece that is
+    read and written: `unpack` and `pack` turn it into the global tensor's slice and back.
     """
 
     key: str
@@ -84,12 +91,40 @@ class TensorRule:
     rows: tuple[int, ...]  # rows of each part; () for a single part of any length
     vocabulary: bool
     stack: int = 0  # length of the leading axis of experts; 0: there is none
+    packed: bool = False
+    transposed: bool = False
+    expert: int | None = None  # of a packed stack's slice: its number
 
     def of_expert(self, expert: int) -> TensorRule:
         """The rule of one slice of a stack, whose global tensor is [rows, …]."""
-        parts = len(self.hf) // self.stack
+        parts = len(self.rows) // self.stack
         own = slice(expert * parts, (expert + 1) * parts)
+        if self.packed:
+            return replace(self, rows=self.rows[own], stack=0, expert=expert)
         return replace(self, hf=self.hf[own], rows=self.rows[own], stack=0)
+
+    def hf_shapes(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """The Hugging Face tensors' shapes. shape: the global tensor's, with its axis of experts, without padding."""
+        inner = shape[1 + bool(self.stack) :]
+        if self.packed:
+            rows = (sum(self.rows) // self.stack,)
+            return ((self.stack, *inner, *rows) if self.transposed else (self.stack, *rows, *inner),)
+        return tuple((rows, *inner) for rows in self.rows or shape[:1])
+
+    def unpack(self, packed: Any) -> Any:
+        """An expert's slice of the packed Hugging Face tensor → its slice [rows, …] of the global one.
+
+        A torch tensor or a numpy array; a view where it can be.
+        """
+        own = packed.swapaxes(0, 1) if self.transposed else packed
+        parts = len(self.rows) // (self.stack or 1)
+        return own.reshape(-1, parts, *own.shape[1:]).swapaxes(0, 1).reshape(own.shape)
+
+    def pack(self, whole: Any) -> Any:
+        """The inverse of `unpack`."""
+        parts = len(self.rows) // (self.stack or 1)
+        mixed = whole.reshape(parts, -1, *whole.shape[1:]).swapaxes(0, 1).reshape(whole.shape)
+        return mixed.swapaxes(0, 1) if self.transposed else mixed
 
     def segments(self, start: int, stop: int, part_rows: tuple[int, ...]) -> Iterator[tuple[int, int, int, int]]:
         """Where rows [start, stop) of the global tensor come from.
@@ -135,12 +170,16 @@ def expand(
             expanded[key] = TensorRule(
                 key=key,
                 hf=tuple(
-                    name.replace("{i}", str(i)).replace("{e}", str(e)) for e in range(stack or 1) for name in names
+                    name.replace("{i}", str(i)).replace("{e}", str(e))
+                    for e in range(1 if rule.packed else stack or 1)
+                    for name in names
                 ),
                 groups=rule.layout.groups(config) if rule.layout else 1,
                 rows=(rule.layout.rows(config) if rule.layout else ()) * (stack or 1),
                 vocabulary=rule.vocabulary,
                 stack=stack,
+                packed=rule.packed,
+                transposed=rule.transposed,
             )
     return expanded
 

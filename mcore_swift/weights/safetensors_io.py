@@ -225,12 +225,13 @@ def index_text(index: dict[str, Any]) -> str:
     return json.dumps(index, indent=2) + "\n"
 
 
-def write_tensor(folder: Path, plan: OutputPlan, name: str, tensor: torch.Tensor) -> None:
-    """Writes one whole tensor (contiguous, on the CPU, already in its planned dtype) at its place."""
+def write_tensor(folder: Path, plan: OutputPlan, name: str, tensor: torch.Tensor, *, index: int | None = None) -> None:
+    """Writes one whole tensor (on the CPU, already in its planned dtype) at its place, or slice `index` of axis 0."""
     import torch
 
     file, offset = plan.places[name]
     data = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    offset += (index or 0) * data.nbytes
     descriptor = os.open(folder / file, os.O_WRONLY)
     try:
         while data:

@@ -125,10 +125,14 @@ def train(recipe: Recipe) -> Trained:
 
 
 def merge(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The tensors of all ranks, each of which came from one rank."""
-    whole = {name: tensor for part in parts for name, tensor in part.items()}
-    assert len(whole) == sum(map(len, parts)), "a tensor came from two ranks"
-    return whole
+    """The tensors of all ranks, each of which came from one rank, or one expert's slice of it from each: NAME[EXPERT]."""
+    found = {name: tensor for part in parts for name, tensor in part.items()}
+    assert len(found) == sum(map(len, parts)), "a tensor came from two ranks"
+    slices: dict[str, dict[int, torch.Tensor]] = {}
+    for name in [name for name in found if name.endswith("]")]:
+        packed, _, expert = name[:-1].partition("[")
+        slices.setdefault(packed, {})[int(expert)] = found.pop(name)
+    return found | {name: torch.stack([own[i] for i in range(len(own))]) for name, own in slices.items()}
 
 
 def assert_close(
@@ -200,8 +204,9 @@ def hf_copies(model: Any, value: Callable[[torch.Tensor], torch.Tensor]) -> Iter
     """Copies of what `value` gives for each parameter, under Hugging Face names; each from one rank of the job."""
     from mcore_swift.weights import live
 
-    for name, tensor in live.hf_tensors(model.chunks, model.rules, vocab_size=model.source.vocab_size, value=value):
-        yield name, tensor.clone()
+    tensors = live.hf_tensors(model.chunks, model.rules, vocab_size=model.source.vocab_size, value=value)
+    for name, tensor, expert in tensors:
+        yield name if expert is None else f"{name}[{expert}]", tensor.clone()
 
 
 def gather_gradient_shards(models: Sequence[Any]) -> None:
