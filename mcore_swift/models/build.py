@@ -10,15 +10,18 @@ from typing import TYPE_CHECKING, Any
 from mcore_swift import parallel
 from mcore_swift.errors import InputError
 from mcore_swift.models.context_rules import context_fields
+from mcore_swift.models.experts import expert_fields
 from mcore_swift.models.family import Family, HFConfig
 from mcore_swift.models.layout_rules import MODEL_RULES, Fit
+from mcore_swift.models.mla import softmax_fields
 from mcore_swift.models.registry import family_of
 from mcore_swift.models.rope import rope_frequencies
 from mcore_swift.models.stages import megatron_layout
 from mcore_swift.parallel import ParallelPlan
 from mcore_swift.platform import Platform
+from mcore_swift.recipe import MoeSection
 from mcore_swift.recipe_checks.table import refuse
-from mcore_swift.weights.rules import TensorRule, expand
+from mcore_swift.weights.rules import TensorRule
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +48,11 @@ class ModelSource:
     @property
     def tied(self) -> bool:
         return bool(self.config.tie_word_embeddings)
+
+    @property
+    def mtp_layers(self) -> int:
+        """Layers of multi-token prediction, after those of the decoder."""
+        return self.config.num_nextn_predict_layers if self.family.mtp else 0
 
 
 def read_source(
@@ -97,9 +105,9 @@ def transformer_config(
 ) -> TransformerConfig:
     """The TransformerConfig of this model at this layout. `extra` are further fields (precision, recomputation)."""
     import torch
-    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
-    fields = source.family.read_config(source.config)
+    fields = source.family.read_config(source.config) | source.family.megatron_fields()
     fields |= {
         "tensor_model_parallel_size": plan.tp,
         "pipeline_model_parallel_size": plan.pp,
@@ -118,12 +126,13 @@ def transformer_config(
         fields |= {
             "expert_model_parallel_size": plan.ep,
             "expert_tensor_parallel_size": plan.etp,
-            "moe_grouped_gemm": platform.layers == "transformer_engine",
-            "moe_router_dtype": "fp32",
-            "moe_aux_loss_coeff": 0.0,
-            "moe_router_load_balancing_type": "none",
+            **expert_fields(MoeSection(), fields, device=platform.name),
         }
-    return TransformerConfig(**(fields | platform.transformer_config() | (extra or {})))  # type: ignore[arg-type]
+    latent = fields.get("multi_latent_attention")
+    if latent:
+        fields |= softmax_fields(source.config)
+    kind = MLATransformerConfig if latent else TransformerConfig
+    return kind(**(platform.transformer_config() | fields | (extra or {})))  # type: ignore[arg-type]
 
 
 def check_layout(source: ModelSource, plan: ParallelPlan) -> None:
@@ -136,6 +145,7 @@ def build_chunks(
     source: ModelSource, config: TransformerConfig, plan: ParallelPlan, platform: Platform
 ) -> list[DecoderModel]:
     """This rank's model chunks (one, or vpp of them), on its device, in training mode, weights not loaded."""
+    from mcore_swift.models.group_choice import rank_groups_by
     from mcore_swift.models.layers import DecoderModel, decoder_spec
 
     frequencies, factor = rope_frequencies(source.config)
@@ -156,12 +166,14 @@ def build_chunks(
         )
         model.true_vocab_size = source.vocab_size
         model.set_rotary(frequencies, factor)
+        if source.family.group_rank is not None:
+            rank_groups_by(model, source.family.group_rank)
         chunks.append(model.to(config.params_dtype) if platform.name == "cpu" else model.cuda().to(config.params_dtype))
     return chunks
 
 
 def tensor_rules(source: ModelSource, config: TransformerConfig) -> dict[str, TensorRule]:
     """The model's weight rules written out: global key → TensorRule."""
-    from mcore_swift.models.keys import GLOBAL_KEYS
+    from mcore_swift.models.keys import expand_rules
 
-    return expand(source.family.rules, config, keys=GLOBAL_KEYS, tied=source.tied)
+    return expand_rules(source, config)

@@ -110,7 +110,11 @@ def gated_decoder_fields() -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Family:
-    """A model family. `requires` maps packages to the lowest version that knows the family."""
+    """A model family. `requires` maps packages to the lowest version that knows the family.
+
+    group_rank: where experts are chosen among groups, how many of a group's best scores are added up to rank it; None:
+    as many as Megatron-Core does, top_k // groups.
+    """
 
     name: str
     model_types: tuple[str, ...]
@@ -118,7 +122,15 @@ class Family:
     rows: tuple[ConfigRow, ...]
     rules: tuple[Rule, ...]
     fields: Callable[[], dict[str, object]] = gated_decoder_fields
+    # Those that are Megatron's own objects: asked for only where a model is built, since files are converted without.
+    megatron_fields: Callable[[], dict[str, object]] = dict
     requires: Mapping[str, str] = field(default_factory=dict)
+    group_rank: int | None = None
+
+    @property
+    def mtp(self) -> bool:
+        """Whether the family's models may have layers of multi-token prediction."""
+        return any(rule.mcore.startswith("mtp.") for rule in self.rules)
 
     def read_config(self, config: HFConfig) -> dict[str, object]:
         """TransformerConfig keyword arguments for a Hugging Face config. Raises InputError on what is not supported."""

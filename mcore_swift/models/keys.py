@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 from mcore_swift.weights.rules import TensorRule, expand
 
 if TYPE_CHECKING:
+    from megatron.core.transformer import TransformerConfig
+
     from mcore_swift.models.build import ModelSource
 
 # Places of weight rules → Megatron's global keys (GPTModel's naming).
@@ -25,6 +27,12 @@ GLOBAL_KEYS = {
     "layer": "decoder.layers.{i}",
     "experts": "decoder.layers.{i}.mlp.experts.experts",
     "shared": "decoder.layers.{i}.mlp.shared_experts",
+}
+# The same of the layers of multi-token prediction, counted from 0.
+MTP_KEYS = {"mtp": "mtp.layers.{i}"} | {
+    place: key.replace("decoder.layers.{i}", "mtp.layers.{i}.transformer_layer")
+    for place, key in GLOBAL_KEYS.items()
+    if "{i}" in key
 }
 
 # TransformerConfig's defaults of the fields that rules read and that not every family sets.
@@ -44,7 +52,18 @@ def rule_config(source: ModelSource) -> Any:
 
 def weight_rules(source: ModelSource) -> dict[str, TensorRule]:
     """The model's weight rules written out: global key → TensorRule (what `build.tensor_rules` gives)."""
-    return expand(source.family.rules, cast(Any, rule_config(source)), keys=GLOBAL_KEYS, tied=source.tied)
+    return expand_rules(source, cast(Any, rule_config(source)))
+
+
+def expand_rules(source: ModelSource, config: TransformerConfig) -> dict[str, TensorRule]:
+    return expand(
+        source.family.rules,
+        config,
+        keys=GLOBAL_KEYS,
+        mtp_keys=MTP_KEYS,
+        mtp_layers=source.mtp_layers,
+        tied=source.tied,
+    )
 
 
 def _attention_rows(c: Any) -> int:
@@ -78,6 +97,10 @@ _SHAPES: dict[str, Callable[[Any], tuple[int, ...]]] = {
     "mlp.linear_fc2.weight": lambda c: (c.hidden_size, c.ffn_hidden_size),
     "mlp.linear_fc2.bias": _hidden,
     "mlp.router.weight": lambda c: (c.num_moe_experts, c.hidden_size),
+    "self_attention.core_attention.softmax_offset": lambda c: (c.num_attention_heads,),
+    "mlp.router.bias": lambda c: (c.num_moe_experts,),
+    "mlp.experts.experts.linear_fc1.bias": lambda c: (c.num_moe_experts, 2 * c.moe_ffn_hidden_size),
+    "mlp.experts.experts.linear_fc2.bias": lambda c: (c.num_moe_experts, c.hidden_size),
     "mlp.router.expert_bias": lambda c: (c.num_moe_experts,),
     "mlp.experts.experts.linear_fc1.weight": lambda c: (c.num_moe_experts, 2 * c.moe_ffn_hidden_size, c.hidden_size),
     "mlp.experts.experts.linear_fc2.weight": lambda c: (c.num_moe_experts, c.hidden_size, c.moe_ffn_hidden_size),

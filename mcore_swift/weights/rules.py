@@ -61,6 +61,7 @@ class Rule:
     `experts`: the Megatron tensor stacks all experts along a leading axis; it needs a layout whose `groups` is 1.
     `packed`: so does the Hugging Face tensor, and the layout's parts, all of one length, are its rows in turn:
     g₀ u₀ g₁ u₁ …. `transposed`: a packed tensor is [experts, columns, rows].
+    `mtp_copy`: what Hugging Face's folder calls the copy of the tensor that each layer of multi-token prediction has.
     """
 
     mcore: str
@@ -72,6 +73,7 @@ class Rule:
     packed: bool = False
     transposed: bool = False
     layers: Callable[[TransformerConfig, int], bool] = lambda config, layer: True
+    mtp_copy: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ class TensorRule:
 
     With `packed` there is one Hugging Face tensor, a stack too, and an expert's slice is the smallest piece that is
     read and written: `unpack` and `pack` turn it into the global tensor's slice and back.
+
+    `copies` are further Hugging Face tensors that hold the same as the only part; a folder has them all.
     """
 
     key: str
@@ -94,6 +98,12 @@ class TensorRule:
     packed: bool = False
     transposed: bool = False
     expert: int | None = None  # of a packed stack's slice: its number
+    copies: tuple[str, ...] = ()
+
+    def parts(self) -> Iterator[tuple[int, str]]:
+        """(part, name) of all Hugging Face tensors: the parts, and the copies of part 0."""
+        yield from enumerate(self.hf)
+        yield from ((0, name) for name in self.copies)
 
     def of_expert(self, expert: int) -> TensorRule:
         """The rule of one slice of a stack, whose global tensor is [rows, …]."""
@@ -148,25 +158,36 @@ class TensorRule:
 
 
 def expand(
-    rules: tuple[Rule, ...], config: TransformerConfig, *, keys: Mapping[str, str], tied: bool
+    rules: tuple[Rule, ...],
+    config: TransformerConfig,
+    *,
+    keys: Mapping[str, str],
+    mtp_keys: Mapping[str, str],
+    mtp_layers: int,
+    tied: bool,
 ) -> dict[str, TensorRule]:
     """Writes the rules out for every layer: global key → TensorRule.
 
-    `keys` maps the first word of `Rule.mcore` to a global key prefix; a rule for the output layer is left out when the
-    embeddings are tied.
+    `keys` maps the first word of `Rule.mcore` to a global key prefix, `mtp_keys` does so for the `mtp_layers` layers
+    of multi-token prediction, which Hugging Face counts on after the decoder's and Megatron from 0. A rule for the
+    output layer is left out when the embeddings are tied.
     """
     expanded: dict[str, TensorRule] = {}
+    ahead = range(config.num_layers, config.num_layers + mtp_layers)
     for rule in rules:
         place, _, rest = rule.mcore.partition(".")
         if not rule.when(config) or (tied and place == "head"):
             continue
-        template = f"{keys[place]}.{rest}"
+        prefixes = {i: mtp_keys[place].replace("{i}", str(i - config.num_layers)) for i in ahead if place in mtp_keys}
+        if place in keys:
+            own = range(config.num_layers if "{i}" in keys[place] else 1)
+            prefixes |= {i: keys[place].replace("{i}", str(i)) for i in own}
         names = (rule.hf,) if isinstance(rule.hf, str) else rule.hf
         stack = (config.num_moe_experts or 0) if rule.experts else 0
-        for i in range(config.num_layers if "{i}" in template else 1):
+        for i, prefix in sorted(prefixes.items()):
             if not rule.layers(config, i):
                 continue
-            key = template.replace("{i}", str(i))
+            key = f"{prefix}.{rest}"
             expanded[key] = TensorRule(
                 key=key,
                 hf=tuple(
@@ -177,6 +198,7 @@ def expand(
                 groups=rule.layout.groups(config) if rule.layout else 1,
                 rows=(rule.layout.rows(config) if rule.layout else ()) * (stack or 1),
                 vocabulary=rule.vocabulary,
+                copies=tuple(rule.mtp_copy.replace("{i}", str(layer)) for layer in ahead) if rule.mtp_copy else (),
                 stack=stack,
                 packed=rule.packed,
                 transposed=rule.transposed,
@@ -186,9 +208,21 @@ def expand(
 
 # Rule groups that families share (Hugging Face's decoder naming). The two halves of a layer: mixer and ffn.
 EMBEDDINGS = (
-    Rule("embedding.weight", "model.embed_tokens.weight", vocabulary=True),
+    Rule(
+        "embedding.weight",
+        "model.embed_tokens.weight",
+        vocabulary=True,
+        mtp_copy="model.layers.{i}.embed_tokens.weight",
+    ),
     Rule("final_norm.weight", "model.norm.weight"),
-    Rule("head.weight", "lm_head.weight", vocabulary=True),
+    Rule("head.weight", "lm_head.weight", vocabulary=True, mtp_copy="model.layers.{i}.shared_head.head.weight"),
+)
+# What a layer of multi-token prediction has beside an ordinary layer (which the other rules give it).
+MTP = (
+    Rule("mtp.enorm.weight", "model.layers.{i}.enorm.weight"),
+    Rule("mtp.hnorm.weight", "model.layers.{i}.hnorm.weight"),
+    Rule("mtp.eh_proj.weight", "model.layers.{i}.eh_proj.weight"),
+    Rule("mtp.final_layernorm.weight", "model.layers.{i}.shared_head.norm.weight"),
 )
 _SELF_ATTENTION = "model.layers.{i}.self_attn."
 _PROJECTIONS = tuple(f"{_SELF_ATTENTION}{name}_proj" for name in "qkv")
@@ -250,4 +284,21 @@ def experts(*, prefix: str, gate: str, up: str, down: str, router: str) -> tuple
     )
 
 
+def shared_experts(prefix: str) -> tuple[Rule, ...]:
+    """The expert that every token passes, whose Hugging Face names start with `prefix`."""
+
+    def there(config: TransformerConfig) -> bool:
+        return config.moe_shared_expert_intermediate_size is not None
+
+    gate, up, down = (f"{prefix}{name}_proj.weight" for name in ("gate", "up", "down"))
+    return (
+        Rule("shared.linear_fc1.weight", (gate, up), SHARED_GATED, when=there, layers=is_moe_layer),
+        Rule("shared.linear_fc2.weight", down, when=there, layers=is_moe_layer),
+    )
+
+
 EXPERTS = experts(prefix="model.layers.{i}.mlp.", gate="gate_proj", up="up_proj", down="down_proj", router="gate")
+# A number an expert, added to its score where the top k are chosen and nowhere else: a buffer, not a parameter.
+CORRECTION_BIAS = Rule(
+    "ffn.router.expert_bias", "model.layers.{i}.mlp.gate.e_score_correction_bias", layers=is_moe_layer
+)
