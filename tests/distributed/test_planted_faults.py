@@ -1,0 +1,165 @@
+"""The layout tests see the faults that other stacks were bitten by: each is planted here, and must be found.
+
+A fault is planted in this process and inherited by the forked ranks. The run must end (a crash would prove nothing) and
+then differ from one rank's. That the same case passes without the fault is what the other files of this folder show.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mcore_swift.data.batch import MicroBatch
+from mcore_swift.objectives.objective import Loss
+from mcore_swift.objectives.registry import OBJECTIVES
+from mcore_swift.objectives.sft import sft
+from mcore_swift.recipe import ParallelSection
+from tests.distributed.harness import prepared
+from tests.distributed.rank_model import Trained, recipe_for, train
+from tests.distributed.test_layouts import assert_same_run
+from tests.distributed.tiny_models import tiny_folder
+
+Patch = pytest.MonkeyPatch
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`plant` changes the code under test; the layout is one that must then fail."""
+
+    plant: Callable[[Patch], None]
+    layout: ParallelSection
+    variant: str = "qwen2-tied"
+    packing: bool = True
+
+
+# --- context parallelism ----------------------------------------------------------------------------------------------
+
+
+def cp_sum(value: torch.Tensor) -> torch.Tensor:
+    from megatron.core import parallel_state
+    from torch.distributed.nn import functional
+
+    group: Any = parallel_state.get_context_parallel_group()
+    return functional.all_reduce(value, group=group)
+
+
+def loss_summed_twice(patch: Patch) -> None:
+    """The objective adds up over context parallel ranks, as everything around it does again."""
+
+    def twice(logps: torch.Tensor, ref_logps: torch.Tensor | None, batch: MicroBatch) -> Loss:
+        once = sft(logps, ref_logps, batch)
+        return replace(once, total=cp_sum(once.total))
+
+    patch.setitem(OBJECTIVES, "sft", twice)
+
+
+def rotary_offset_on_rank_1_packed(patch: Patch) -> None:
+    from megatron.core.models.common.embeddings import rope_utils
+
+    right = rope_utils._get_thd_freqs_on_this_cp_rank
+
+    def wrong(cp_rank: int, *args: Any) -> torch.Tensor:
+        return right(cp_rank, *args).roll(int(cp_rank == 1), dims=0)
+
+    patch.setattr(rope_utils, "_get_thd_freqs_on_this_cp_rank", wrong)
+
+
+def rotary_offset_on_rank_1_rows(patch: Patch) -> None:
+    from megatron.core.models.common.embeddings import rotary_pos_embedding
+
+    right = rotary_pos_embedding.get_pos_emb_on_this_cp_rank
+
+    def wrong(pos_emb: torch.Tensor, seq_dim: int, cp_group: Any) -> torch.Tensor:
+        return right(pos_emb.roll(int(cp_group.rank() == 1), dims=seq_dim), seq_dim, cp_group)
+
+    patch.setattr(rotary_pos_embedding, "get_pos_emb_on_this_cp_rank", wrong)
+
+
+def zigzag_in_wrong_order(patch: Patch) -> None:
+    """Tokens are dealt out in plain blocks, while attention and RoPE take them for a zigzag."""
+    from mcore_swift.training import context
+
+    right = context.part_of
+
+    def in_blocks(batch: MicroBatch, *, size: int, rank: int) -> MicroBatch:
+        def block(values: torch.Tensor) -> torch.Tensor:
+            return values.chunk(size, dim=1)[rank]
+
+        return replace(
+            right(batch, size=size, rank=rank),
+            tokens=block(batch.tokens),
+            labels=block(batch.labels),
+            loss_mask=block(batch.loss_mask),
+        )
+
+    patch.setattr(context, "part_of", in_blocks)
+
+
+def labels_of_another_part(patch: Patch) -> None:
+    """Labels are shifted after the cut, instead of before: the last one of each chunk is wrong."""
+    from mcore_swift.training import context
+
+    right = context.part_of
+
+    def shifted(batch: MicroBatch, *, size: int, rank: int) -> MicroBatch:
+        part = right(batch, size=size, rank=rank)
+        return replace(part, labels=torch.where(part.loss_mask > 0, part.tokens.roll(-1, dims=1), 0))
+
+    patch.setattr(context, "part_of", shifted)
+
+
+def keys_gradient_of_own_queries_only(patch: Patch) -> None:
+    """The gradients of gathered keys and values are cut, but not summed over the ranks."""
+    from mcore_swift.models import attention
+
+    right = attention.gather_from_sequence_parallel_region
+
+    def wrong(value: torch.Tensor, *, tensor_parallel_output_grad: bool, group: Any) -> torch.Tensor:
+        return right(value, tensor_parallel_output_grad=False, group=group)
+
+    patch.setattr(attention, "gather_from_sequence_parallel_region", wrong)
+
+
+CP2 = ParallelSection(cp=2)
+FAULTS = {
+    "CP loss summed twice": Fault(loss_summed_twice, CP2),
+    "RoPE offset on CP rank 1, packed": Fault(rotary_offset_on_rank_1_packed, CP2),
+    "RoPE offset on CP rank 1, rows": Fault(rotary_offset_on_rank_1_rows, CP2, packing=False),
+    "zigzag in the wrong order, packed": Fault(zigzag_in_wrong_order, CP2),
+    "zigzag in the wrong order, rows": Fault(zigzag_in_wrong_order, CP2, packing=False),
+    "labels of another part": Fault(labels_of_another_part, CP2, packing=False),
+    "gradients of keys not summed": Fault(keys_gradient_of_own_queries_only, CP2),
+}
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Trained]]:
+    """A variant's folder and its run on one rank, without any fault."""
+    place, found = tmp_path_factory.mktemp("models"), {}
+
+    def run(variant: str) -> tuple[Path, Trained]:
+        if variant not in found:
+            folder = tiny_folder(place / variant, variant)
+            found[variant] = folder, train(recipe_for(folder))
+        return found[variant]
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_found(
+    one_rank: Callable[[str], tuple[Path, Trained]], monkeypatch: Patch, name: str
+) -> None:
+    fault = FAULTS[name]
+    folder, expected = one_rank(fault.variant)
+    prepared()
+    fault.plant(monkeypatch)
+    found = train(recipe_for(folder, fault.layout, packing=fault.packing))
+    with pytest.raises(AssertionError):
+        assert_same_run(found, expected)
