@@ -88,7 +88,6 @@ def resolve(section: ParallelSection, *, world_size: int | None) -> ParallelPlan
 def initialize(plan: ParallelPlan, platform: Platform, *, seed: int) -> None:
     """Joins the job's process group (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) and makes Megatron's groups."""
     import torch.distributed as dist
-    from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -97,6 +96,24 @@ def initialize(plan: ParallelPlan, platform: Platform, *, seed: int) -> None:
     device = platform.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if not dist.is_initialized():
         dist.init_process_group(platform.backend, device_id=device if platform.name == "cuda" else None)
+    _make_groups(plan, gloo=platform.name == "cpu")
+    model_parallel_cuda_manual_seed(seed)
+
+
+def imagine(plan: ParallelPlan, *, rank: int) -> None:
+    """Takes the place of `rank` in a job that doesn't run: torch's fake process group stands for the other ranks."""
+    import torch.distributed as dist
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=plan.world_size)
+    _make_groups(plan, gloo=False)
+    model_parallel_cuda_manual_seed(1)
+
+
+def _make_groups(plan: ParallelPlan, *, gloo: bool) -> None:
+    from megatron.core import parallel_state
+
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=plan.tp,
         pipeline_model_parallel_size=plan.pp,
@@ -105,9 +122,8 @@ def initialize(plan: ParallelPlan, platform: Platform, *, seed: int) -> None:
         hierarchical_context_parallel_sizes=list(plan.hierarchical_cp) if plan.hierarchical_cp else None,
         expert_model_parallel_size=plan.ep,
         expert_tensor_parallel_size=plan.etp,
-        create_gloo_process_groups=platform.name == "cpu",
+        create_gloo_process_groups=gloo,
     )
-    model_parallel_cuda_manual_seed(seed)
 
 
 def shutdown() -> None:
@@ -183,6 +199,13 @@ def dp_group() -> ProcessGroup:
     from megatron.core import parallel_state
 
     return cast(Any, parallel_state.get_data_parallel_group(with_context_parallel=True))
+
+
+def stage_group() -> ProcessGroup:
+    """All ranks of a pipeline stage: their tokens are the global batch's, each once where SP is on."""
+    from megatron.core import parallel_state
+
+    return cast(Any, parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True))
 
 
 def weight_groups() -> tuple[ProcessGroup, ProcessGroup]:

@@ -16,6 +16,8 @@ class MicroBatch:
     loss_mask 0), `max_seqlen` is the longest segment. Unpacked: both None, rows are padded on the right.
     Where the loss mask is 0 the label is 0 (a valid index).
 
+    `real`: bool [b, s], false for padding, which experts' loads don't count; None: there is no padding.
+
     A context parallel rank's part (`context_split.part_of`) has s / cp positions, and the `cu_seqlens` of the whole.
     """
 
@@ -25,6 +27,7 @@ class MicroBatch:
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor | None = None
     max_seqlen: int | None = None
+    real: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         def move(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -37,4 +40,5 @@ class MicroBatch:
             position_ids=self.position_ids.to(device, non_blocking=True),
             cu_seqlens=move(self.cu_seqlens),
             max_seqlen=self.max_seqlen,
+            real=move(self.real),
         )

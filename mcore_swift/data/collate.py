@@ -15,12 +15,13 @@ from mcore_swift.data.shape import LoaderShape
 
 @dataclass
 class _Rows:
-    """The arrays of a micro-batch while they are filled: tokens, labels, position_ids int64, loss_mask float32."""
+    """A micro-batch while it is filled: tokens, labels, position_ids int64, loss_mask float32, real bool."""
 
     tokens: np.ndarray
     labels: np.ndarray
     loss_mask: np.ndarray
     position_ids: np.ndarray
+    real: np.ndarray
 
     @classmethod
     def empty(cls, rows: int, length: int, pad_id: int) -> _Rows:
@@ -30,6 +31,7 @@ class _Rows:
             labels=np.zeros(shape, dtype=np.int64),
             loss_mask=np.zeros(shape, dtype=np.float32),
             position_ids=np.zeros(shape, dtype=np.int64),
+            real=np.zeros(shape, dtype=np.bool_),
         )
 
     def put(self, row: int, start: int, document: Document) -> int:
@@ -41,6 +43,7 @@ class _Rows:
         self.labels[row, start : end - 1] = np.where(counted, tokens[1:], 0)
         self.loss_mask[row, start : end - 1] = counted
         self.position_ids[row, start:end] = np.arange(end - start)
+        self.real[row, start:end] = True
         return end
 
     def batch(self, cu_seqlens: list[int] | None = None) -> MicroBatch:
@@ -54,6 +57,7 @@ class _Rows:
             position_ids=torch.from_numpy(self.position_ids).reshape(shape),
             cu_seqlens=segments,
             max_seqlen=None if segments is None else int(segments.diff().max()),
+            real=torch.from_numpy(self.real).reshape(shape),
         )
 
 

@@ -52,6 +52,7 @@ def pad_documents(batch: MicroBatch, multiple: int) -> MicroBatch:
         position_ids=spread(batch.position_ids),
         cu_seqlens=boundaries,
         max_seqlen=int(padded.max()),
+        real=None if batch.real is None else spread(batch.real),
     )
 
 
@@ -72,6 +73,7 @@ def lengthen(batch: MicroBatch, length: int) -> MicroBatch:
         position_ids=extend(batch.position_ids),
         cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens.new_tensor([length])]),
         max_seqlen=max(batch.max_seqlen, missing),
+        real=None if batch.real is None else extend(batch.real),
     )
 
 
@@ -87,4 +89,5 @@ def part_of(batch: MicroBatch, *, size: int, rank: int) -> MicroBatch:
         labels=batch.labels[:, positions],
         loss_mask=batch.loss_mask[:, positions],
         position_ids=batch.position_ids[:, positions],
+        real=None if batch.real is None else batch.real[:, positions],
     )

@@ -1,4 +1,4 @@
-"""GLM-4.5 and 4.6: DeepSeek-V3's routing, shared experts, rotation of a part of each head, optional norms on q and k."""
+"""GLM-4.5 and 4.6: DeepSeek-V3's routing, shared experts, a part of each head rotated, optional norms on q and k."""
 
 from __future__ import annotations
 

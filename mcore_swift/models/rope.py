@@ -14,7 +14,7 @@ SUPPORTED = ("default", "linear", "llama3", "yarn")
 
 
 def rope_frequencies(config: HFConfig) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies, float32 [head_dim / 2], and the factor on cos and sin (YaRN's attention factor, else 1).
+    """Inverse frequencies, float32 [rotated part of a head / 2], and the factor on cos and sin (YaRN's, else 1).
 
     Raises InputError for a RoPE type whose frequencies change with the sequence length.
     """
@@ -29,5 +29,6 @@ def rope_frequencies(config: HFConfig) -> tuple[torch.Tensor, float]:
         frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
         return frequencies.float(), float(factor)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
+    rotated = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+    exponents = torch.arange(0, rotated, 2, dtype=torch.float) / rotated
     return 1.0 / parameters["rope_theta"] ** exponents, 1.0

@@ -1,7 +1,7 @@
-"""Rows of routing by sigmoid scores with a correction bias and groups of experts (DeepSeek-V3's, taken over by GLM-4.5).
+"""Rows of routing by sigmoid scores with a correction bias and groups of experts: DeepSeek-V3's and GLM-4.5's.
 
-score = sigmoid(logits); the top k are chosen by score + bias, at first among groups; the chosen ones' scores, divided by
-their sum and times a factor, weigh the experts. DeepSeek-V3's report, arXiv 2412.19437, section 2.1.2.
+score = sigmoid(logits); the top k are chosen by score + bias, at first among groups; the scores of the chosen, divided
+by their sum and times a factor, weigh the experts. DeepSeek-V3's report, arXiv 2412.19437, section 2.1.2.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def _read_normalization(config: HFConfig) -> dict[str, object]:
 
 def _read_shared(config: HFConfig) -> dict[str, object]:
     # Hugging Face counts shared experts, but holds them as one wide one.
-    return {"moe_shared_expert_intermediate_size": config.moe_intermediate_size * (config.n_shared_experts or 0) or None}
+    width = config.moe_intermediate_size * (config.n_shared_experts or 0)
+    return {"moe_shared_expert_intermediate_size": width or None}
 
 
 def _write_shared(config: TransformerConfig) -> dict[str, object]:

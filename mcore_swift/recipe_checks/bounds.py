@@ -20,14 +20,15 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], str]] = [
         "at least 0",
         lambda x: x >= 0,
         "optimizer.weight_decay optimizer.clip_grad schedule.min_learning_rate schedule.warmup_steps "
-        "schedule.eval_interval checkpoint.interval checkpoint.keep runtime.offload_layers",
+        "schedule.eval_interval checkpoint.interval checkpoint.keep runtime.offload_layers "
+        "model.mtp_loss_scale moe.aux_loss_coeff moe.z_loss_coeff moe.expert_bias_update_rate",
     ),
     ("at least 2", lambda x: x >= 2, "data.sequence_length"),
     ("between 0 and 1", lambda x: 0 <= x <= 1, "optimizer.offload_fraction"),
     (
         "greater than 0",
         lambda x: x > 0,
-        "optimizer.muon_extra_scale optimizer.eps schedule.epochs schedule.learning_rate",
+        "moe.capacity_factor optimizer.muon_extra_scale optimizer.eps schedule.epochs schedule.learning_rate",
     ),
     (
         "at least 0 and less than 1",

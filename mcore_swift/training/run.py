@@ -9,6 +9,7 @@ from pathlib import Path
 from mcore_swift import rank_env
 from mcore_swift.errors import InputError
 from mcore_swift.models.build import ModelSource, check_layout, read_source
+from mcore_swift.models.experts import check_experts
 from mcore_swift.models.lever_rules import check_levers
 from mcore_swift.parallel import ParallelPlan, resolve
 from mcore_swift.platform import Platform, select
@@ -25,6 +26,7 @@ def run(recipe: Recipe) -> int:
     plan = plan_ranks(recipe, platform)
     source = model_source(recipe)
     check_layout(source, plan)
+    check_experts(source, plan, recipe.moe, device=platform.name)
     check_levers(recipe, plan, source, on_cpu=platform.name == "cpu")
     check_micro_batches(recipe, plan)
 
@@ -70,7 +72,13 @@ def model_source(recipe: Recipe) -> ModelSource:
     path = Path(recipe.model.path)
     folder = checkpoint_source(path) if is_checkpoint(path) else path
     tokenizer, template = (Path(p) if p else None for p in (recipe.model.tokenizer, recipe.data.chat_template))
-    return read_source(folder, overrides=recipe.model.overrides, tokenizer=tokenizer, chat_template=template)
+    return read_source(
+        folder,
+        overrides=recipe.model.overrides,
+        tokenizer=tokenizer,
+        chat_template=template,
+        mtp_loss_scale=recipe.model.mtp_loss_scale,
+    )
 
 
 def threads(recipe: Recipe, platform: Platform, plan: ParallelPlan) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mcore_swift.flops import DenseShape
 from mcore_swift.models.build import ModelSource, build_chunks, tensor_rules, transformer_config
+from mcore_swift.models.experts import expert_fields
 from mcore_swift.parallel import ParallelPlan
 from mcore_swift.platform import Platform
 from mcore_swift.recipe import Recipe
@@ -75,6 +76,7 @@ def build(recipe: Recipe, source: ModelSource, plan: ParallelPlan, platform: Pla
     overlap = platform.name == "cuda" if recipe.runtime.overlap is None else recipe.runtime.overlap
     extra = {
         **levers.config_fields(recipe, overlap=overlap),
+        **expert_fields(recipe.moe, source.family.read_config(source.config), device=platform.name),
         "variable_seq_lengths": plan.pp > 1 and not recipe.data.fixed_length,
     }
     config = transformer_config(source, plan, platform, dtype=dtype, extra=extra)

@@ -7,7 +7,7 @@ Sums and counts are added up over micro-batches and data parallel ranks before t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from mcore_swift import parallel
 from mcore_swift.data.batch import MicroBatch
 from mcore_swift.objectives.objective import Objective
-from mcore_swift.training import context
+from mcore_swift.training import balance, context
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
@@ -69,7 +69,14 @@ def forward_step(
     ones.
     """
     batch = next(batches)
-    output = model(batch.tokens, batch.position_ids, None, labels=batch.labels, packed_seq_params=packed_params(batch))
+    output = model(
+        batch.tokens,
+        batch.position_ids,
+        None,
+        labels=batch.labels,
+        packed_seq_params=packed_params(batch),
+        padding_mask=None if batch.real is None else ~batch.real,
+    )
 
     def loss(negative_logps: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         result = objective(-negative_logps.float(), None, batch)
@@ -159,10 +166,15 @@ def train_step(
     for model in models:
         model.zero_grad_buffer()
     optimizer.zero_grad()
+    balance.reset(models)
+    config = models[0].config
+    labels = balance.set_loss_weight(config, batches, device)
     sums = run_schedule(models, parts(batches, device), objective, forward_only=False)
     updated, grad_norm, _ = cast(Any, optimizer).step()
     result = summarize(sums, batches, device)
-    return StepResult(**{**result.__dict__, "grad_norm": float(grad_norm or 0.0), "skipped": not updated})
+    assert labels in (None, result.loss_tokens), "an objective that counts other things than labels"
+    metrics = result.metrics | balance.metrics(config, models, device)
+    return replace(result, metrics=metrics, grad_norm=float(grad_norm or 0.0), skipped=not updated)
 
 
 @torch.no_grad()

@@ -53,11 +53,12 @@ def sharded_state(chunk: Module) -> dict[str, Any]:
 
 
 def local_shards(
-    chunks: Sequence[Module], *, value: Callable[[torch.Tensor], torch.Tensor] = lambda parameter: parameter.data
+    chunks: Sequence[Module], *, value: Callable[[torch.Tensor], torch.Tensor | None] = lambda parameter: parameter.data
 ) -> list[Shard]:
     """This rank's shards of the global tensors, in model order.
 
-    `value` gives the tensor that stands for a parameter, of the parameter's shape: its data, or its gradient.
+    `value` gives the tensor that stands for a parameter or buffer, of the same shape: its data, or its gradient; None
+    leaves it out.
     """
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -68,7 +69,10 @@ def local_shards(
             if not isinstance(item, ShardedTensor | ShardedTensorFactory):
                 continue  # Transformer Engine's extra state
             assert item.data is not None
-            item = replace(item, data=value(item.data))
+            data = value(item.data)
+            if data is None:
+                continue
+            item = replace(item, data=data)
             parts = nested_values(item.build()) if isinstance(item, ShardedTensorFactory) else [item]
             shards += [_shard(part) for part in parts]
     return shards
@@ -173,9 +177,7 @@ def _read_finite(folder: io.SafetensorsFolder, name: str, *slices: slice) -> tor
 def _check_packed(rule: TensorRule, shard: Shard, folder: io.SafetensorsFolder) -> None:
     found, (needed,) = folder.entries[rule.hf[0]].shape, rule.hf_shapes((rule.stack, *shard.global_shape))
     if found != needed:
-        raise InputError(
-            f"{folder.folder}: {rule.hf[0]}: shape {list(found)} where the config needs {list(needed)}"
-        )
+        raise InputError(f"{folder.folder}: {rule.hf[0]}: shape {list(found)} where the config needs {list(needed)}")
 
 
 def _read_packed(folder: io.SafetensorsFolder, rule: TensorRule) -> torch.Tensor:
@@ -216,7 +218,7 @@ def hf_tensors(
     rules: Mapping[str, TensorRule],
     *,
     vocab_size: int,
-    value: Callable[[torch.Tensor], torch.Tensor] = lambda parameter: parameter.data,
+    value: Callable[[torch.Tensor], torch.Tensor | None] = lambda parameter: parameter.data,
 ) -> Iterator[tuple[str, torch.Tensor, int | None]]:
     """Whole tensors under their Hugging Face names, each yielded by one rank of the job, on the CPU.
 

@@ -1,0 +1,72 @@
+"""The balance of experts in a step: the weight of its losses, and what the metrics say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mcore_swift import parallel
+from mcore_swift.data.batch import MicroBatch
+
+
+def has_losses(config: Any) -> bool:
+    """Whether the router of this TransformerConfig adds losses of its own."""
+    return config.num_moe_experts is not None and bool(config.moe_aux_loss_coeff or config.moe_z_loss_coeff)
+
+
+def set_loss_weight(config: Any, batches: Sequence[MicroBatch], device: torch.device) -> int | None:
+    """Makes the router's losses, which are sums over tokens, means over the global batch's real tokens.
+
+    Megatron divides all gradients by the number of labels that count in the global batch: what is to be divided by the
+    number of tokens is multiplied by their ratio here, each step anew. Returns the number of labels; None where there
+    are no such losses. Collective over the data parallel ranks; `batches` are whole, not a context parallel part.
+    """
+    if not has_losses(config):
+        return None
+    labels = sum(float(batch.loss_mask.sum()) for batch in batches)
+    tokens = sum(float(batch.tokens.numel() if batch.real is None else batch.real.sum()) for batch in batches)
+    sizes = torch.tensor([labels, tokens], dtype=torch.float64, device=device)
+    dist.all_reduce(sizes, group=parallel.dp_group())
+    weight = (sizes[0].clamp(min=1.0) / sizes[1]).float()
+    config.moe_grad_scale_func = lambda: config.grad_scale_func(weight)
+    return round(sizes[0].item() / parallel.ranks().cp_size)
+
+
+def routers(models: Sequence[torch.nn.Module]) -> list[Any]:
+    from mcore_swift.models.router import Router
+
+    return [module for model in models for module in model.modules() if isinstance(module, Router)]
+
+
+def reset(models: Sequence[torch.nn.Module]) -> None:
+    for router in routers(models):
+        router.reset()
+
+
+def metrics(config: Any, models: Sequence[torch.nn.Module], device: torch.device) -> dict[str, float]:
+    """The balance since the last `reset`, the same on every rank; means over layers. {} for a dense model. Collective.
+
+    expert_load: choices that the busiest expert of a layer got, divided by an even share; 1 is perfect.
+    aux_loss, z_loss: without their coefficients, where they are on.
+    """
+    if config.num_moe_experts is None:
+        return {}
+    totals = torch.zeros(4, dtype=torch.float64, device=device)
+    layers = routers(models)
+    if layers:
+        sums = torch.stack([router.sums for router in layers])
+        dist.all_reduce(sums, group=parallel.stage_group())
+        counts, (tokens, aux, z) = sums[:, : config.num_moe_experts], sums[:, config.num_moe_experts :].unbind(1)
+        load = counts.amax(1) / counts.mean(1).clamp(min=1e-9)
+        totals = torch.stack([torch.ones_like(load), load, aux / tokens.clamp(min=1), z / tokens.clamp(min=1)]).sum(1)
+    dist.all_reduce(totals, group=parallel.pp_group())
+    number, load, aux, z = totals.tolist()
+    found = {"expert_load": load / number}
+    if config.moe_aux_loss_coeff:
+        found["aux_loss"] = aux / number
+    if config.moe_z_loss_coeff:
+        found["z_loss"] = z / number
+    return found
