@@ -20,6 +20,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, get_tr
 from torch import Tensor, nn
 
 from mcore_swift.models.attention import TorchAttention
+from mcore_swift.models.expert_bias import with_bias
+from mcore_swift.models.sinks import SinkAttention, mark_sharded
 from mcore_swift.platform import Platform
 from mcore_swift.weights.rules import is_moe_layer
 
@@ -43,6 +45,7 @@ class FusedWgradLayer(TransformerLayer):
         fused = copy(config)
         fused.gradient_accumulation_fusion = True
         super().__init__(fused, *args, **kwargs)
+        mark_sharded(cast(Any, self.self_attention).core_attention)
 
 
 def decoder_spec(
@@ -66,11 +69,14 @@ def _torch_layer(config: TransformerConfig, *, moe: bool) -> ModuleSpec:
     )
     layer = cast(Any, spec.submodules)
     attention = layer.self_attention
+    core = TorchAttention if config.softmax_type == "vanilla" else SinkAttention
     norms = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if config.qk_layernorm else {}
-    attention = replace(attention, submodules=replace(attention.submodules, core_attention=TorchAttention, **norms))
+    attention = replace(attention, submodules=replace(attention.submodules, core_attention=core, **norms))
     keys = layer.sharded_state_dict_keys_map
     if moe:  # Transformer Engine has the norm before experts as a module of its own: so have the global keys
         keys = {name: key for name, key in keys.items() if name != "pre_mlp_layernorm."}
+    if moe and config.add_bias_linear:
+        layer = replace(layer, mlp=with_bias(layer.mlp))
     layer = replace(
         layer,
         input_layernorm=RMSNorm,

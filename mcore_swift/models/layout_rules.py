@@ -63,6 +63,10 @@ class Fit:
         return self.fields.get("mtp_num_layers") or 0
 
     @property
+    def expert_biases(self) -> bool:
+        return self.experts is not None and bool(self.fields.get("add_bias_linear"))
+
+    @property
     def chunks(self) -> int:
         return self.plan.pp * self.plan.vpp
 
@@ -145,6 +149,14 @@ MODEL_RULES: list[Row[Fit]] = [
         lambda r: r.experts is not None and r.expert_ffn_size % r.plan.etp,
         "{r.plan.etp} does not divide the model's {r.expert_ffn_size} expert ffn size ({r.folder})",
         "allowed: {r.allowed_etp}",
+    ),
+    Row(
+        "parallel.etp",
+        "other than 1, for experts with biases",
+        lambda r: r.expert_biases and r.plan.etp > 1,
+        "{r.plan.etp} (parallel.tp where it is not given), but the experts of {r.family} have biases, which Megatron-Core"
+        " supports at 1 only: each rank would add them ({r.folder})",
+        "set parallel.etp: 1",
     ),
     Row(
         "parallel.pp",

@@ -78,7 +78,21 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_only_layers": [1],
         },
     ),
+    "gpt-oss": (
+        "gpt_oss",
+        {
+            "head_dim": 24,
+            "vocab_size": 101,
+            "intermediate_size": 40,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 3,
+            "sliding_window": 5,
+            **_rope("yarn", factor=4.0, original_max_position_embeddings=16, truncate=False),
+        },
+    ),
 }
+# How large the values of some tensors are, by the end of their names: large enough for gpt-oss' clamps at 7.
+SCALES = {"gate_up_proj_bias": 4.0, "sinks": 1.0}
 # One a family, with as many of its oddities as go together: what the layout tests run.
 REPRESENTATIVES = ("llama-rope-llama3", "mistral-window", "qwen2-tied", "qwen3")
 
@@ -99,7 +113,8 @@ def tiny_model(variant: str, *, dtype: torch.dtype = torch.float32, **changes: A
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * values if "norm" in name else 0.15 * values)
+            scale = next((scale for part, scale in SCALES.items() if name.endswith(part)), 0.15)
+            parameter.copy_(1 + 0.3 * values if "norm" in name else scale * values)
     return model.to(dtype).eval()
 
 
