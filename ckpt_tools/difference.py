@@ -6,7 +6,7 @@ Tensors are compared in blocks of fixed size, so that memory is that of the pair
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 BLOCK = 4 << 20  # elements compared at a time
 PRECISION = {"BF16": 8, "F16": 11, "F32": 24}  # bits of the significand
+CANDIDATES = 8  # tensors looked at to find where one went; a fused tensor may stack hundreds of experts
 OFF_BY_ONE = 2e-2  # a bf16 weight near 1 or 2 that was moved by 1 may have been rounded by 2⁻⁷ on the way
 
 
@@ -108,7 +109,7 @@ def _precision(values: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class _Pair:
-    """A tensor that differs, the sources it is in, and the tensors that Megatron fuses with it."""
+    """A tensor that differs, the sources it is in, and tensors that Megatron fuses with it, which differ as well."""
 
     name: str
     a: TensorSource
@@ -118,7 +119,12 @@ class _Pair:
 
 
 def explain(
-    difference: Difference, a: TensorSource, b: TensorSource, fused: Mapping[str, tuple[str, ...]]
+    difference: Difference,
+    a: TensorSource,
+    b: TensorSource,
+    *,
+    fused: Mapping[str, tuple[str, ...]],
+    differing: Collection[str],
 ) -> Difference:
     """The difference with a hint, where its cause shows in the tensors. `fused`: name → tensors of its fused weight."""
     name = difference.name
@@ -127,7 +133,7 @@ def explain(
     config = a.model.config
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     kind = next((heads[word] for word in name.split(".") if word in heads), 0)
-    pair = _Pair(name, a, b, tuple(other for other in fused.get(name, ()) if other != name), kind)
+    pair = _Pair(name, a, b, _partners(name, fused.get(name, ()), differing), kind)
     for look in _HINTS:
         hint = look(pair)
         if hint:
@@ -135,17 +141,31 @@ def explain(
     return difference
 
 
+def _partners(name: str, fused: tuple[str, ...], differing: Collection[str]) -> tuple[str, ...]:
+    """What the tensor may be confused with: those next to it among the fused ones, the last being next to the first."""
+    if name not in fused:
+        return ()
+    own, count = fused.index(name), len(fused)
+    near = sorted(range(count), key=lambda i: min((i - own) % count, (own - i) % count))
+    return tuple(fused[i] for i in near if i != own and fused[i] in differing)[:CANDIDATES]
+
+
 def _swapped(pair: _Pair) -> str:
+    for other in pair.partners:
+        if _same(pair, pair.name, other):
+            return f"{'swapped' if _same(pair, other, pair.name) else 'moved'}: it is {other} in B"
+    return ""
+
+
+def _same(pair: _Pair, name_a: str, name_b: str) -> bool:
+    """Whether a tensor of A has the values of a tensor of B."""
     import torch
 
-    for other in pair.partners:
-        if other not in pair.a.specs or other not in pair.b.specs:
-            continue
-        if pair.a.specs[pair.name].shape != pair.b.specs[other].shape:
-            continue
-        if torch.equal(pair.a.read(pair.name), pair.b.read(other)):
-            return f"swapped: it is {other} in B"
-    return ""
+    if name_a not in pair.a.specs or name_b not in pair.b.specs:
+        return False
+    if pair.a.specs[name_a].shape != pair.b.specs[name_b].shape:
+        return False
+    return torch.equal(pair.a.read(name_a), pair.b.read(name_b))
 
 
 def _rope_order(pair: _Pair) -> str:

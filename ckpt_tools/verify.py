@@ -143,7 +143,11 @@ def compare(a: TensorSource, b: TensorSource, *, any_dtype: bool = False, max_ul
                 most, worst = item.ulp, item.name
         found += [item for item in items if item.kind != "values" or item.ulp > max_ulp]
     fused = {name: rule.hf for rule in _rules(a).values() for name in rule.hf}
-    explained = [explain(item, a, b, fused) if item.kind in ("values", "shape") else item for item in found[:EXPLAINED]]
+    differing_names = {item.name for item in found}
+    explained = [
+        explain(item, a, b, fused=fused, differing=differing_names) if item.kind in ("values", "shape") else item
+        for item in found[:EXPLAINED]
+    ]
     return Report(str(a.path), str(b.path), tensors, elements, differing, most, worst, explained + found[EXPLAINED:])
 
 

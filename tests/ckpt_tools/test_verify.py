@@ -70,7 +70,7 @@ def failure(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
 # --- the same ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", ["llama-biases", "qwen2-tied", "qwen3"])
+@pytest.mark.parametrize("variant", ["llama-biases", "qwen2-tied", "qwen3", "qwen3-moe"])
 def test_a_folder_and_its_checkpoint_are_the_same(
     models: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], variant: str
 ) -> None:
@@ -151,6 +151,29 @@ def _drop(part: str) -> Callable[[Tensors], list[Any]]:
     return lambda tensors: [tensors.pop(name) for name in list(tensors) if part in name]
 
 
+EXPERT = "model.layers.0.mlp.experts.{}.{}_proj.weight"
+PROJECTIONS = ("gate", "up", "down")
+
+
+def _move_experts(moves: dict[int, int]) -> Callable[[Tensors], None]:
+    """Expert `to` gets what expert `old` had, for each old: to."""
+
+    def edit(tensors: Tensors) -> None:
+        moved = {EXPERT.format(to, p): tensors[EXPERT.format(old, p)] for old, to in moves.items() for p in PROJECTIONS}
+        tensors.update(moved)
+
+    return edit
+
+
+def _where_experts_are(moves: dict[int, int], word: str) -> dict[str, str]:
+    return {
+        EXPERT.format(old, p): f"{word}: it is {EXPERT.format(to, p)} in B"
+        for old, to in moves.items()
+        for p in PROJECTIONS
+    }
+
+
+NEXT_EXPERT = {expert: (expert + 1) % 8 for expert in range(8)}
 NORM = "model.layers.1.input_layernorm.weight"
 EQUAL_HEADS = {"num_key_value_heads": 4}
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
@@ -172,6 +195,21 @@ FAULTS: dict[str, tuple[str, dict[str, Any], Callable[[Tensors], Any], dict[str,
         _swap(GATE, UP),
         {},
         {GATE: f"swapped: it is {UP} in B", UP: f"swapped: it is {GATE} in B"},
+    ),
+    "experts off by one": ("qwen3-moe", {}, _move_experts(NEXT_EXPERT), {}, _where_experts_are(NEXT_EXPERT, "moved")),
+    "two experts swapped": (
+        "qwen3-moe",
+        {},
+        _move_experts({2: 7, 7: 2}),
+        {},
+        _where_experts_are({2: 7, 7: 2}, "swapped"),
+    ),
+    "one flipped bit of an expert": (
+        "qwen3-moe",
+        {},
+        lambda t: t[EXPERT.format(5, "up")].view(torch.int32)[3, 5].bitwise_xor_(1),
+        {},
+        {EXPERT.format(5, "up"): "1 of 2,560 elements differ, the worst by 1 ulp at [3, 5]"},
     ),
     "RoPE permutation": (
         "llama",
@@ -259,6 +297,18 @@ def test_a_fault_in_a_checkpoint_is_named_in_hugging_face_terms(
     shown = capsys.readouterr().out
     assert f"{UP}: 1 of 6,144 elements differ, the worst by 1 ulp at [3, 5]" in shown
     assert shown.endswith(f"1 elements differ, the worst by 1 ulp, in {UP}\nNOT the same\n")
+
+
+def test_experts_off_by_one_in_a_checkpoint(
+    models: Callable[..., Path], altered: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint holds all experts of a layer in one tensor; they are told apart, and so is where each one went."""
+    folder = models("qwen3-moe")
+    convert(altered(folder, _move_experts(NEXT_EXPERT)), tmp_path / "checkpoint")
+    capsys.readouterr()
+    report = result(capsys, 1, folder, tmp_path / "checkpoint")
+    expected = _where_experts_are(NEXT_EXPERT, "moved")
+    assert {item["name"]: item["hint"] for item in report["differences"]} == expected
 
 
 def test_ulp() -> None:
@@ -357,7 +407,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 WINDOWS = ("--windows", 3, "--window-length", 32)
 
 
-@pytest.mark.parametrize("variant", ["llama-rope-llama3", "mistral-window", "qwen2-tied", "qwen3"])
+@pytest.mark.parametrize("variant", ["llama-rope-llama3", "mistral-window", "qwen2-tied", "qwen3", "qwen3-moe"])
 def test_logits_of_both_engines_agree(
     spoken: Callable[[str], Path], text: Path, capsys: pytest.CaptureFixture[str], variant: str
 ) -> None:
