@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.merge import CONFIG as ADAPTER_CONFIG
-from ckpt_tools.merge import WEIGHTS as ADAPTER_WEIGHTS
-from ckpt_tools.merge import read_json
+from ckpt_tools.peft_folder import CONFIG as ADAPTER_CONFIG
+from ckpt_tools.peft_folder import WEIGHTS as ADAPTER_WEIGHTS
+from ckpt_tools.peft_folder import read_json
 from mcore_swift.errors import InputError
 from mcore_swift.weights import safetensors_io as io
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ckpt_tools.merge import CONFIG, WEIGHTS, merge
+from ckpt_tools.merge import merge
+from ckpt_tools.peft_folder import CONFIG, WEIGHTS
 from mcore_swift.cli import main
 from mcore_swift.errors import InputError
 from mcore_swift.weights.safetensors_io import INDEX, SafetensorsFolder
@@ -86,6 +87,33 @@ def test_equals_what_peft_merges(bases: Callable[[str], Path], tmp_path: Path, c
     assert any(not torch.equal(found[name], before[name]) for name in before)
     unchanged = [name for name in before if torch.equal(expected[name], before[name])]
     assert all(torch.equal(found[name], before[name]) for name in unchanged)
+
+
+def test_experts(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    """Adapters of single experts (as older transformers had them) fit; those of fused experts are refused."""
+    base, adapter = bases("qwen3-moe"), tmp_path / "adapter"
+    before = load_file(base / "model.safetensors")
+    modules = [f"model.layers.0.mlp.experts.{e}.{name}_proj" for e in range(8) for name in ("gate", "up", "down")]
+    modules += [f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    generator, lora = torch.Generator().manual_seed(5), {}
+    for module in modules:
+        rows, columns = before[f"{module}.weight"].shape
+        lora[f"base_model.model.{module}.lora_A.weight"] = torch.randn(4, columns, generator=generator)
+        lora[f"base_model.model.{module}.lora_B.weight"] = torch.randn(rows, 4, generator=generator)
+    adapter.mkdir()
+    save_file(lora, adapter / WEIGHTS)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["gate_proj", "up_proj", "down_proj"]}
+    (adapter / CONFIG).write_text(json.dumps(config))
+    merge(base, adapter, tmp_path / "merged")
+    found = load_file(tmp_path / "merged" / "model.safetensors")
+    for name, weight in before.items():
+        key = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{key}.lora_A.weight" in lora:
+            weight = weight + 2.0 * (lora[f"{key}.lora_B.weight"] @ lora[f"{key}.lora_A.weight"])
+        assert torch.equal(found[name], weight), name
+    (adapter / CONFIG).write_text(json.dumps(config | {"target_parameters": ["mlp.experts.gate_up_proj"]}))
+    with pytest.raises(InputError, match=r"target_parameters: .*gate_up_proj.* is not supported"):
+        merge(base, adapter, tmp_path / "other")
 
 
 def test_bf16_base_is_merged_in_fp32_and_rounded_once(plain: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
