@@ -1,10 +1,11 @@
-"""Model FLOPs of dense transformer training, and the peak of known GPUs: the two halves of TFLOP/s and MFU.
+"""Model FLOPs of transformer training, and the peak of known GPUs: the two halves of TFLOP/s and MFU.
 
 What is counted (so that numbers can be compared with others'):
 * matrix products only, a multiply-add as 2; norms, RoPE, softmax, the loss and the optimizer are left out;
 * *model* FLOPs: backward is twice forward, and recomputed activations are not counted again;
 * causal attention counts half of the score matrix, and only inside documents: a batch is known by its number of tokens
   and by the sum of the squares of its documents' lengths (for unpacked rows of length s: rows · s²);
+* of experts, those that a token is sent to, the router and the shared one; nothing for tokens dropped or padded;
 * the output layer at the model's own vocabulary (without tensor-parallel padding); the embedding look-up is free.
 """
 
@@ -17,47 +18,101 @@ BACKWARD_FACTOR = 2  # one product for the input's gradient, one for the weight'
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseShape:
-    """The sizes of a dense decoder that its FLOPs depend on, under Megatron's names."""
+class ExpertShape:
+    """The layers with experts: what a token passes of them, whichever experts it is sent to."""
+
+    num_layers: int  # those of the decoder that have experts
+    num_experts: int
+    topk: int  # experts a token is sent to
+    ffn_hidden_size: int  # of one expert
+    shared_ffn_hidden_size: int = 0  # of the expert that every token passes
+    shared_gate: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentShape:
+    """Multi-latent attention (DeepSeek-V2, arXiv 2405.04434): queries, keys and values come from narrow latents."""
+
+    q_rank: int | None  # None: queries come straight from the hidden state
+    kv_rank: int
+    nope_dim: int  # a head's part without rotation
+    rope_dim: int  # its rotated part, for keys the same for all heads
+    v_dim: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderShape:
+    """The sizes of a decoder that its FLOPs depend on, under Megatron's names."""
 
     num_layers: int
     hidden_size: int
-    ffn_hidden_size: int
+    ffn_hidden_size: int  # of a layer without experts
     num_attention_heads: int
     num_query_groups: int
     kv_channels: int  # the size of one head
     vocab_size: int
     gated: bool  # SwiGLU-like feed-forward: three matrices instead of two
+    experts: ExpertShape | None = None
+    latent: LatentShape | None = None
+    mtp_layers: int = 0  # trained layers of multi-token prediction, each like the last layer and with its own output
 
 
 def _passes(backward: bool) -> int:
     return 1 + (BACKWARD_FACTOR if backward else 0)
 
 
-def matmul_parameters(shape: DenseShape) -> int:
-    """Parameters that take part in a matrix product with every token: the linear layers and the output layer."""
-    query = shape.num_attention_heads * shape.kv_channels
-    key_value = 2 * shape.num_query_groups * shape.kv_channels
-    attention = shape.hidden_size * (query + key_value) + query * shape.hidden_size
-    feed_forward = (3 if shape.gated else 2) * shape.hidden_size * shape.ffn_hidden_size
-    return shape.num_layers * (attention + feed_forward) + shape.vocab_size * shape.hidden_size
+def _attention_parameters(shape: DecoderShape) -> int:
+    hidden, heads, latent = shape.hidden_size, shape.num_attention_heads, shape.latent
+    if latent is None:
+        query = heads * shape.kv_channels
+        return hidden * (query + 2 * shape.num_query_groups * shape.kv_channels) + query * hidden
+    query = heads * (latent.nope_dim + latent.rope_dim)
+    queries = hidden * query if latent.q_rank is None else latent.q_rank * (hidden + query)
+    keys_values = hidden * (latent.kv_rank + latent.rope_dim) + latent.kv_rank * heads * (
+        latent.nope_dim + latent.v_dim
+    )
+    return queries + keys_values + heads * latent.v_dim * hidden
 
 
-def matmul_flops_per_token(shape: DenseShape, *, backward: bool = True) -> int:
+def _expert_parameters(shape: DecoderShape, experts: ExpertShape) -> int:
+    """Of one layer with experts: the router, and what a token passes."""
+    width = experts.topk * experts.ffn_hidden_size + experts.shared_ffn_hidden_size
+    gates = experts.num_experts + experts.shared_gate
+    return shape.hidden_size * ((3 if shape.gated else 2) * width + gates)
+
+
+def matmul_parameters(shape: DecoderShape) -> int:
+    """Parameters that take part in a matrix product with one token: the linear layers and the output layer.
+
+    Of the experts, as many as a token is sent to: the active parameters.
+    """
+    dense = (3 if shape.gated else 2) * shape.hidden_size * shape.ffn_hidden_size
+    attention, output = _attention_parameters(shape), shape.vocab_size * shape.hidden_size
+    sparse = dense if shape.experts is None else _expert_parameters(shape, shape.experts)
+    sparse_layers = 0 if shape.experts is None else shape.experts.num_layers
+    decoder = shape.num_layers * attention + (shape.num_layers - sparse_layers) * dense + sparse_layers * sparse
+    joined = 2 * shape.hidden_size * shape.hidden_size  # a hidden state and an embedding → a hidden state
+    return decoder + output + shape.mtp_layers * (joined + attention + sparse + output)
+
+
+def matmul_flops_per_token(shape: DecoderShape, *, backward: bool = True) -> int:
     """FLOPs of one token in all linear layers and the output layer; attention's core is `attention_flops`."""
     return 2 * matmul_parameters(shape) * _passes(backward)
 
 
-def attention_flops(shape: DenseShape, *, sum_squared_lengths: int, backward: bool = True) -> int:
+def attention_flops(shape: DecoderShape, *, sum_squared_lengths: int, backward: bool = True) -> int:
     """FLOPs of causal attention's two products (QKᵀ and PV) over documents with Σ length² = `sum_squared_lengths`.
 
     Each product takes 2·length²·head_dim a head; the causal half of it is counted.
     """
-    products = 2 * 2 * shape.num_layers * shape.num_attention_heads * shape.kv_channels * sum_squared_lengths
+    latent = shape.latent
+    both = 2 * shape.kv_channels if latent is None else latent.nope_dim + latent.rope_dim + latent.v_dim
+    layers = shape.num_layers + shape.mtp_layers
+    products = 2 * layers * shape.num_attention_heads * both * sum_squared_lengths
     return products // 2 * _passes(backward)
 
 
-def training_flops(shape: DenseShape, *, tokens: int, sum_squared_lengths: int) -> int:
+def training_flops(shape: DecoderShape, *, tokens: int, sum_squared_lengths: int) -> int:
     """Model FLOPs, forward and backward, of `tokens` positions in documents with the given Σ length²."""
     matmul = matmul_flops_per_token(shape) * tokens
     return matmul + attention_flops(shape, sum_squared_lengths=sum_squared_lengths)

@@ -61,9 +61,12 @@ def metrics(config: Any, models: Sequence[torch.nn.Module], device: torch.device
         dist.all_reduce(sums, group=parallel.stage_group())
         counts, (tokens, aux, z) = sums[:, : config.num_moe_experts], sums[:, config.num_moe_experts :].unbind(1)
         load = counts.amax(1) / counts.mean(1).clamp(min=1e-9)
-        totals = torch.stack([torch.ones_like(load), load, aux / tokens.clamp(min=1), z / tokens.clamp(min=1)]).sum(1)
+        used = (tokens > 0).double()  # a layer that only lies there (multi-token prediction's) has no load
+        tokens = tokens.clamp(min=1)
+        totals = torch.stack([used, load, aux / tokens, z / tokens]).sum(1)
     dist.all_reduce(totals, group=parallel.pp_group())
     number, load, aux, z = totals.tolist()
+    number = max(number, 1.0)
     found = {"expert_load": load / number}
     if config.moe_aux_loss_coeff:
         found["aux_loss"] = aux / number

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mcore_swift.flops import DenseShape
+from mcore_swift.flops import DecoderShape
 from mcore_swift.models.build import ModelSource, build_chunks, tensor_rules, transformer_config
 from mcore_swift.models.experts import expert_fields
+from mcore_swift.models.sizes import decoder_shape
 from mcore_swift.parallel import ParallelPlan
 from mcore_swift.platform import Platform
 from mcore_swift.recipe import Recipe
@@ -42,19 +43,9 @@ class TrainingModel:
     num_parameters: int
 
     @property
-    def shape(self) -> DenseShape:
+    def shape(self) -> DecoderShape:
         """The sizes that FLOPs are counted from."""
-        config: Any = self.config
-        return DenseShape(
-            num_layers=config.num_layers,
-            hidden_size=config.hidden_size,
-            ffn_hidden_size=config.ffn_hidden_size,
-            num_attention_heads=config.num_attention_heads,
-            num_query_groups=config.num_query_groups,
-            kv_channels=config.kv_channels,
-            vocab_size=self.source.vocab_size,
-            gated=config.gated_linear_unit,
-        )
+        return decoder_shape(self.config, vocab_size=self.source.vocab_size)
 
     def export_dtype(self, name: str) -> str:
         """The safetensors dtype that tensor `name` is exported in."""
@@ -120,4 +111,5 @@ def connect(config: TransformerConfig, models: list[DistributedDataParallel], op
 def _count(rules: Mapping[str, TensorRule], chunks: list[DecoderModel], source: ModelSource) -> int:
     """Parameters of the whole model, vocabulary padding left out."""
     specs = live.hf_specs(rules, live.global_shapes(chunks), vocab_size=source.vocab_size, dtype=lambda name: "U8")
-    return sum(spec.nbytes for spec in specs.values())
+    copies = {name for rule in rules.values() for name in rule.copies}
+    return sum(spec.nbytes for name, spec in specs.items() if name not in copies)

@@ -25,6 +25,8 @@ NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".
 # How the names of a tokenizer's files begin.
 TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece", "tekken")
 CONFIG_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+# Tensors that hub folders hold in float32 whatever the model's dtype: steps of 0.001 would be lost in bfloat16.
+FLOAT32 = ("e_score_correction_bias",)
 SAFETENSORS_DTYPES = {name: code for code, name in CONFIG_DTYPES.items()}
 
 
@@ -37,7 +39,7 @@ def copy_metadata(source: ModelSource, destination: Path, *, dtype: str | None =
                 shutil.copyfile(path, destination / path.name)
     if source.chat_template is not None:  # transformers prefers this file to the template in tokenizer_config.json
         shutil.copyfile(source.chat_template, destination / "chat_template.jinja")
-    config = dict(source.raw)
+    config = {key: value for key, value in source.raw.items() if key != "quantization_config"}  # it is decoded
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = CONFIG_DTYPES[dtype]
@@ -50,7 +52,9 @@ def dtype_of(source: ModelSource, entries: Mapping[str, io.Entry] | None, defaul
     fallback = SAFETENSORS_DTYPES.get(str(named), default) if entries is not None else default
 
     def choose(name: str) -> str:
-        return entries[name].dtype if entries and name in entries else fallback
+        if entries and name in entries:
+            return entries[name].dtype
+        return "F32" if name.endswith(FLOAT32) else fallback
 
     return choose
 

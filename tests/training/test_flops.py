@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
-from mcore_swift.flops import DenseShape, attention_flops, matmul_flops_per_token, peak_flops, training_flops
+from mcore_swift.flops import (
+    DecoderShape,
+    attention_flops,
+    matmul_flops_per_token,
+    matmul_parameters,
+    peak_flops,
+    training_flops,
+)
 
-QWEN3_8B_OF_8_LAYERS = DenseShape(
+QWEN3_8B_OF_8_LAYERS = DecoderShape(
     num_layers=8,
     hidden_size=4096,
     ffn_hidden_size=12288,
@@ -58,7 +68,7 @@ def test_the_counter_of_torch_agrees(family: str, gated: bool):
         **groups,
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    shape = DenseShape(
+    shape = DecoderShape(
         num_layers=3,
         hidden_size=64,
         ffn_hidden_size=112,
@@ -78,6 +88,69 @@ def test_the_counter_of_torch_agrees(family: str, gated: bool):
     linear = total.pop(torch.ops.aten.mm, 0) + total.pop(torch.ops.aten.addmm, 0)
     assert linear == matmul_flops_per_token(shape) * rows * length
     assert sum(total.values()) - rotary == 2 * attention_flops(shape, sum_squared_lengths=rows * length**2)
+
+
+# Of the models' own papers and cards: active parameters of a token.
+ACTIVE = {
+    "mixtral": (12.9e9, {"num_local_experts": 8, "num_experts_per_tok": 2}),  # Mixtral 8x7B: transformers' defaults
+    "qwen3_moe": (  # Qwen3-30B-A3B
+        3.3e9,
+        {
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+        },
+    ),
+    "qwen2_moe": (2.7e9, {}),  # Qwen1.5-MoE-A2.7B: transformers' defaults
+    "deepseek_v3": (37e9, {}),  # transformers' defaults
+    "glm4_moe": (12e9, {"head_dim": 128}),  # GLM-4.5-Air
+}
+
+
+@pytest.mark.parametrize("family", ACTIVE)
+def test_active_parameters_as_published(family: str):
+    from transformers import AutoConfig
+
+    from mcore_swift.models.keys import rule_config
+    from mcore_swift.models.registry import FAMILIES
+    from mcore_swift.models.sizes import decoder_shape
+
+    published, sizes = ACTIVE[family]
+    config = AutoConfig.for_model(family, **sizes)
+    source = SimpleNamespace(family=FAMILIES[family], config=config)
+    shape = decoder_shape(rule_config(source), vocab_size=config.vocab_size)  # type: ignore[arg-type]
+    vocabulary = config.vocab_size * config.hidden_size  # cards count it twice, once, or not at all
+    assert matmul_parameters(shape) - vocabulary <= 1.03 * published
+    assert matmul_parameters(shape) + vocabulary >= 0.97 * published
+
+
+@pytest.mark.parametrize("variant", ["qwen3-moe", "mixtral", "qwen2-moe", "glm4-moe", "deepseek-v2", "deepseek-v3"])
+def test_the_counter_of_torch_agrees_on_experts(tmp_path: Path, variant: str):
+    """Each token alone: attention's core is nearly nothing."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from mcore_swift.models.build import read_source
+    from mcore_swift.models.keys import rule_config
+    from mcore_swift.models.sizes import decoder_shape
+    from tests.distributed.tiny_models import tiny_folder, tiny_model
+
+    model = tiny_model(variant)
+    model.set_experts_implementation("eager")
+    source = read_source(tiny_folder(tmp_path / variant, variant))
+    shape = decoder_shape(rule_config(source), vocab_size=source.vocab_size)
+    tokens = torch.arange(4)[:, None]
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=tokens, labels=None, use_cache=False).logits.sum().backward()
+    total = counter.get_flop_counts()["Global"]
+    linear = total.get(torch.ops.aten.mm, 0) + total.get(torch.ops.aten.addmm, 0)
+    assert linear == matmul_flops_per_token(shape) * 4
 
 
 @pytest.mark.parametrize(
