@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    words, overrides = _split_overrides(argv) if argv[:1] == ["train"] else (argv, [])
+    words, overrides = _split_overrides(argv) if argv[:1] in (["train"], ["plan"]) else (argv, [])
     arguments = vars(build_parser().parse_args(words))
     verb: Callable[..., int] = arguments.pop("run")
     if overrides:
@@ -57,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     _add_train(verbs.add_parser("train", help="train a model as a recipe says", allow_abbrev=False))
+    _add_plan(verbs.add_parser("plan", help="say what a recipe means on a number of GPUs", allow_abbrev=False))
     _add_generate(verbs.add_parser("generate", help="let a model answer a prompt", allow_abbrev=False))
     _add_convert(verbs.add_parser("convert", help="Hugging Face to Megatron, and back; GGUF", allow_abbrev=False))
     _add_verify(verbs.add_parser("verify", help="are two models the same? tensors, config, logits", allow_abbrev=False))
@@ -136,6 +137,28 @@ def _train(*, recipe: Path | None, print_recipe: bool, help_recipe: bool, overri
     from mcore_swift.training.run import run
 
     return run(resolved)
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s RECIPE [--section.key VALUE ...] [--gpus N] [--build] [--json], or --explain"
+    parser.description = (
+        "Computes what a recipe's layout means, before anything runs: ranks, micro-batches, pipeline stages and their "
+        "idle time, parameters and bytes of each stage's ranks. With --build, Megatron's own modules of a rank of each "
+        "kind are built, without their storage, and held against the model; exit code 1: they don't fit."
+    )
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, nargs="?", help="YAML file")
+    help_text = "size of the job; default: runtime.ranks, or what the layout needs"
+    parser.add_argument("--gpus", "--ranks", metavar="N", type=_COUNT, help=help_text)
+    parser.add_argument("--build", action="store_true", help="build a rank of each kind and check them")
+    parser.add_argument("--explain", action="store_true", help="print every rule that recipes are held to, and stop")
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON in place of tables")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(*, overrides: Sequence[str] = (), **options: Any) -> int:
+    from perf.plan import plan
+
+    return plan(options.pop("recipe"), overrides=overrides, **options)
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:

@@ -168,7 +168,9 @@ def build_chunks(
         model.set_rotary(frequencies, factor)
         if source.family.group_rank is not None:
             rank_groups_by(model, source.family.group_rank)
-        chunks.append(model.to(config.params_dtype) if platform.name == "cpu" else model.cuda().to(config.params_dtype))
+        if platform.name == "cuda" and not config.init_model_with_meta_device:
+            model.cuda()
+        chunks.append(model.to(config.params_dtype))
     return chunks
 
 

@@ -30,5 +30,5 @@ def rope_frequencies(config: HFConfig) -> tuple[torch.Tensor, float]:
         return frequencies.float(), float(factor)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rotated = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
-    exponents = torch.arange(0, rotated, 2, dtype=torch.float) / rotated
+    exponents = torch.arange(0, rotated, 2, dtype=torch.float, device="cpu") / rotated
     return 1.0 / parameters["rope_theta"] ** exponents, 1.0

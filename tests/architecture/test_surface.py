@@ -11,6 +11,7 @@ from mcore_swift.recipe import Recipe, SourceSection
 
 VERBS = {
     "train": "RECIPE --print-recipe --help-recipe",
+    "plan": "RECIPE --gpus --ranks --build --explain --json",
     "generate": "MODEL --prompt --max-new-tokens --temperature --top-p --seed --raw --tp --pp --device",
     "convert": "SRC DST --dtype --workers --max-shard-size --dry-run --config --strict --download",
     "verify": "A B --any-dtype --max-ulp --config --logits --text --windows --window-length --max-difference "
