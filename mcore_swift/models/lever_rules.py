@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from mcore_swift.parallel import ParallelPlan
 from mcore_swift.recipe import Recipe
-from mcore_swift.recipe_checks.levers import lean_states, recomputes
+from mcore_swift.recipe_checks.levers import recomputes
+from mcore_swift.recipe_checks.optimizer import lean_states
 from mcore_swift.recipe_checks.table import Row, refuse
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Run:
     fields: Mapping[str, Any]
     family: str
     has_muon: bool
+    tied: bool = False
 
     @property
     def experts(self) -> int:
@@ -59,10 +61,10 @@ class Run:
 ON_CPU: list[Row[Run]] = [
     Row(
         "runtime.recompute_modules",
-        "moe_act, on the CPU",
-        lambda r: r.on_cpu and recomputes(r.recipe, "moe_act"),
-        "moe_act is a part of Transformer Engine's grouped experts, which need a GPU",
-        "recompute moe",
+        "layernorm, mla_up_proj or moe_act, on the CPU",
+        lambda r: r.on_cpu and recomputes(r.recipe, "layernorm", "mla_up_proj", "moe_act"),
+        "layernorm, mla_up_proj and moe_act drop their outputs too, which Megatron does with Transformer Engine only",
+        "recompute core_attn, mlp, moe or shared_experts",
     ),
     Row(
         "runtime.offload_layers runtime.offload_modules",
@@ -84,6 +86,13 @@ ON_CPU: list[Row[Run]] = [
         lambda r: r.on_cpu and lean_states(r.recipe),
         "Transformer Engine's FusedAdam is what holds states in less than fp32, and it needs a GPU",
         "leave them out",
+    ),
+    Row(
+        "optimizer.fsdp",
+        "any, on the CPU",
+        lambda r: r.on_cpu and r.recipe.optimizer.fsdp,
+        "{r.recipe.optimizer.fsdp}'s device meshes are made of GPUs",
+        "leave it out",
     ),
     Row(
         "runtime.tp_overlap",
@@ -109,6 +118,20 @@ ON_CPU: list[Row[Run]] = [
 ]
 
 FOR_MODEL: list[Row[Run]] = [
+    Row(
+        "optimizer.fsdp",
+        "any, for a model with experts",
+        lambda r: r.recipe.optimizer.fsdp and r.experts,
+        "{r.recipe.optimizer.fsdp} is proved for dense models only, and {r.family} has experts",
+        "leave it out",
+    ),
+    Row(
+        "optimizer.fsdp",
+        "torch, for a model whose embeddings are its output layer",
+        lambda r: r.recipe.optimizer.fsdp == "torch" and r.tied,
+        "torch can't gather a tensor that belongs to two units, and {r.family}'s embeddings are its output layer here",
+        "use megatron",
+    ),
     Row(
         "optimizer.name",
         "muon, without the package emerging-optimizers",
@@ -185,4 +208,4 @@ def check_levers(recipe: Recipe, plan: ParallelPlan, source: ModelSource, *, on_
     """Raises InputError for a lever that can't work, or would do nothing, on this platform with this model."""
     has_muon = importlib.util.find_spec("emerging_optimizers") is not None
     fields = source.family.read_config(source.config)
-    refuse(LEVER_RULES, Run(recipe, plan, on_cpu, fields, source.family.name, has_muon))
+    refuse(LEVER_RULES, Run(recipe, plan, on_cpu, fields, source.family.name, has_muon, source.tied))

@@ -15,13 +15,24 @@ from mcore_swift.recipe_checks.data import DATA
 from mcore_swift.recipe_checks.layout import LAYOUT
 from mcore_swift.recipe_checks.levers import LEVERS
 from mcore_swift.recipe_checks.moe import EXPERTS
+from mcore_swift.recipe_checks.optimizer import OPTIMIZER
 from mcore_swift.recipe_checks.outputs import OUTPUTS
 from mcore_swift.recipe_checks.pipeline import PIPELINE
 from mcore_swift.recipe_checks.runtime import RUNTIME
 from mcore_swift.recipe_checks.schedule import SCHEDULE
 from mcore_swift.recipe_checks.table import Row, refuse
 
-RECIPE_RULES: list[Row[Recipe]] = [*LAYOUT, *PIPELINE, *DATA, *SCHEDULE, *RUNTIME, *LEVERS, *EXPERTS, *OUTPUTS]
+RECIPE_RULES: list[Row[Recipe]] = [
+    *LAYOUT,
+    *PIPELINE,
+    *DATA,
+    *SCHEDULE,
+    *RUNTIME,
+    *LEVERS,
+    *OPTIMIZER,
+    *EXPERTS,
+    *OUTPUTS,
+]
 
 
 def check_recipe(recipe: Recipe) -> None:

@@ -6,34 +6,19 @@ training script that concern more than its command line) and Transformer Engine 
 
 from __future__ import annotations
 
-from mcore_swift.recipe import OptimizerSection, Recipe
+from mcore_swift.recipe import Recipe
 from mcore_swift.recipe_checks.table import Row
 
 # TransformerConfig.recompute_modules and .offload_modules, but for what no family here has.
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
 OFFLOAD_MODULES = ("attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act")
 IN_EXPERTS = {"moe_act", "expert_fc1"}
-MUON_KEYS = [name for name in OptimizerSection.__dataclass_fields__ if name.startswith("muon_")]
 
 
 def recomputes(recipe: Recipe, *modules: str) -> bool:
     """Whether one of `modules` is recomputed by itself."""
     return recipe.runtime.recompute == "selective" and bool(set(modules) & set(recipe.runtime.recompute_modules))
 
-
-def lean_states(recipe: Recipe) -> bool:
-    """Whether a part of Adam's states is held in less than fp32."""
-    section = recipe.optimizer
-    return (section.main_params, section.exp_avg_dtype, section.exp_avg_sq_dtype) != ("fp32", "fp32", "fp32")
-
-
-def muon_options(recipe: Recipe) -> list[str]:
-    """Muon's keys that are not at their defaults."""
-    defaults = OptimizerSection()
-    return [key for key in MUON_KEYS if getattr(recipe.optimizer, key) != getattr(defaults, key)]
-
-
-LEAN_KEYS = "optimizer.main_params optimizer.exp_avg_dtype optimizer.exp_avg_sq_dtype"
 
 RECOMPUTE: list[Row[Recipe]] = [
     Row(
@@ -140,112 +125,6 @@ OFFLOAD: list[Row[Recipe]] = [
     ),
 ]
 
-STATES: list[Row[Recipe]] = [
-    Row(
-        "optimizer.name",
-        "sgd or muon, with optimizer.distributed: true",
-        lambda r: r.optimizer.name != "adam" and r.optimizer.distributed,
-        "{r.optimizer.name} is not sharded by Megatron's distributed optimizer",
-        "set optimizer.distributed: false",
-    ),
-    Row(
-        "optimizer.muon_*",
-        "any, with another optimizer.name than muon",
-        lambda r: r.optimizer.name != "muon" and muon_options(r),
-        "muon's settings do nothing for optimizer.name: {r.optimizer.name}",
-        "set optimizer.name: muon, or leave them out",
-    ),
-    Row(
-        LEAN_KEYS,
-        "less than fp32, with another optimizer.name than adam",
-        lambda r: lean_states(r) and r.optimizer.name != "adam",
-        "they are forms of Adam's states, found optimizer.name: {r.optimizer.name}",
-        "leave them out",
-    ),
-    Row(
-        LEAN_KEYS,
-        "less than fp32, with optimizer.distributed: false",
-        lambda r: lean_states(r) and not r.optimizer.distributed,
-        "only the distributed optimizer leaves the fp32 parameters to Adam's own kernel",
-        "set optimizer.distributed: true",
-    ),
-    Row(
-        LEAN_KEYS,
-        "less than fp32, with precision.dtype: fp32",
-        lambda r: lean_states(r) and r.precision.dtype == "fp32",
-        "the optimizer has no states of its own for fp32 parameters to save on",
-        "use precision.dtype: bf16, or leave them out",
-    ),
-    Row(
-        "optimizer.main_params",
-        "remainder, with precision.fp8_param_gather, unless precision.fp8 is delayed",
-        lambda r: (
-            r.optimizer.main_params == "remainder" and r.precision.fp8_param_gather and r.precision.fp8 != "delayed"
-        ),
-        "there are no bf16 parameters that fp32 ones could be the remainder of",
-        "set optimizer.main_params: fp32",
-    ),
-    Row(
-        "optimizer.offload_fraction",
-        "greater than 0, with states in less than fp32",
-        lambda r: r.optimizer.offload_fraction and lean_states(r),
-        "the CPU's Adam holds its states in fp32",
-        "leave out main_params and the dtypes of the moments",
-    ),
-    Row(
-        "optimizer.offload_fraction",
-        "greater than 0, with another optimizer.name than adam",
-        lambda r: r.optimizer.offload_fraction and r.optimizer.name != "adam",
-        "{r.optimizer.offload_fraction} of {r.optimizer.name}'s states can't be offloaded",
-        "use optimizer.name: adam",
-    ),
-    Row(
-        "optimizer.offload_fraction",
-        "greater than 0, with optimizer.distributed: false",
-        lambda r: r.optimizer.offload_fraction and not r.optimizer.distributed,
-        "each rank would update all parameters on its CPU, and they share its memory",
-        "set optimizer.distributed: true",
-    ),
-    Row(
-        "optimizer.offload_fraction",
-        "greater than 0, with precision.fp8_param_gather, unless precision.fp8 is delayed",
-        lambda r: r.optimizer.offload_fraction and r.precision.fp8_param_gather and r.precision.fp8 != "delayed",
-        "the CPU's Adam can't quantize what it has updated",
-        "use precision.fp8: delayed, or leave fp8_param_gather out",
-    ),
-]
-
-FP8_GATHER: list[Row[Recipe]] = [
-    Row(
-        "precision.fp8_param_gather",
-        "true, without precision.fp8",
-        lambda r: r.precision.fp8_param_gather and not r.precision.fp8,
-        "there are no FP8 parameters without precision.fp8",
-        "set precision.fp8, or leave it out",
-    ),
-    Row(
-        "precision.fp8_param_gather",
-        "true, with optimizer.distributed: false",
-        lambda r: r.precision.fp8_param_gather and not r.optimizer.distributed,
-        "parameters are gathered by the distributed optimizer only",
-        "set optimizer.distributed: true",
-    ),
-    Row(
-        "precision.fp8_param_gather",
-        "true, with model.init: pretrained",
-        lambda r: r.precision.fp8_param_gather and r.model.init != "random",
-        "parameters that exist in FP8 only can't be filled part by part: each part would change the tensor's scale",
-        "it is for model.init: random; otherwise leave it out",
-    ),
-    Row(
-        "precision.fp8_param_gather",
-        "true, with checkpoint.dir",
-        lambda r: r.precision.fp8_param_gather and r.checkpoint.dir and r.checkpoint.resume != "never",
-        "parameters that exist in FP8 only can't be restored from a checkpoint part by part",
-        "set checkpoint.resume: never, or leave it out",
-    ),
-]
-
 OVERLAP: list[Row[Recipe]] = [
     Row(
         "runtime.tp_overlap",
@@ -327,14 +206,4 @@ OVERLAP: list[Row[Recipe]] = [
     ),
 ]
 
-FSDP: list[Row[Recipe]] = [
-    Row(
-        "optimizer.fsdp",
-        "any",
-        lambda r: r.optimizer.fsdp,
-        "{r.optimizer.fsdp} is not supported yet",
-        "leave it out",
-    ),
-]
-
-LEVERS = [*RECOMPUTE, *OFFLOAD, *STATES, *FP8_GATHER, *OVERLAP, *FSDP]
+LEVERS = [*RECOMPUTE, *OFFLOAD, *OVERLAP]

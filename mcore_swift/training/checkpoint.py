@@ -155,11 +155,14 @@ class CheckpointManager:
             check_config(path, self.source)
             index = dist_index.read_index(path)
             model = dist_checkpoint.model_items(models)
-            state = optimizer_state.optimizer_items(optimizer, model.parts) if optimizer is not None else []
+            state, put_back = [], lambda: None
+            if optimizer is not None:
+                state, put_back = optimizer_state.load_targets(optimizer, model.parts)
             dist_checkpoint.check_fits([*model.tensors(), *state], index, path, same_dtype=True)
             objects = [item for item in model.objects if item[2].unique_key in index.state_dict_metadata]
             wanted = [*model.tensors(), *state, *(item for _, _, item in objects)]
             values = dist_checkpoint.read(wanted, path, index)
+            put_back()
             for chunk, name, item in objects:
                 chunk.load_state_dict({name: values[item.unique_key]}, strict=False)
 

@@ -56,6 +56,10 @@ def wrap_chunks(
     """Wraps each model chunk in Megatron's DDP: contiguous fp32 gradient buffers, reduced over data parallel ranks."""
     from megatron.core.distributed import DistributedDataParallel
 
+    if recipe.optimizer.fsdp:
+        from mcore_swift.training import fsdp
+
+        return fsdp.wrap(chunks, config, recipe, device=next(chunks[0].parameters()).device)
     ddp = data_parallel_config(recipe, plan, overlap=overlap)
     # The first chunk's bucket is reduced last and cannot be hidden: later chunks are not split (Megatron's own choice).
     return [
