@@ -76,7 +76,7 @@ class TorchAttention(nn.Module):
         """This rank's keys and values → those of all positions between `boundaries`, in order."""
         both = torch.cat([key, value], dim=-1)
         whole = gather_from_sequence_parallel_region(both, tensor_parallel_output_grad=True, group=self.cp_group)
-        ordered = whole.index_select(0, sequence_order(boundaries, size=self.cp_group.size()))
+        ordered = whole.index_select(0, sequence_order(boundaries, size=self.cp_group.size()).to(whole.device))
         return tuple(ordered.split([key.size(-1), value.size(-1)], dim=-1))  # type: ignore[return-value]
 
     def _positions(self, queries: int, keys: int) -> Tensor:

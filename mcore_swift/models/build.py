@@ -15,7 +15,7 @@ from mcore_swift.models.family import Family, HFConfig
 from mcore_swift.models.layout_rules import MODEL_RULES, Fit
 from mcore_swift.models.mla import softmax_fields
 from mcore_swift.models.registry import family_of
-from mcore_swift.models.rope import rope_frequencies
+from mcore_swift.models.rope import rope_frequencies, rope_layer_types
 from mcore_swift.models.stages import megatron_layout
 from mcore_swift.parallel import ParallelPlan
 from mcore_swift.platform import Platform
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
     from megatron.core.transformer import TransformerConfig
 
+    from mcore_swift.models.config import DecoderConfig
     from mcore_swift.models.layers import DecoderModel
 
 
@@ -102,10 +103,11 @@ def transformer_config(
     *,
     dtype: torch.dtype,
     extra: dict[str, object] | None = None,
-) -> TransformerConfig:
+) -> DecoderConfig:
     """The TransformerConfig of this model at this layout. `extra` are further fields (precision, recomputation)."""
     import torch
-    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+
+    from mcore_swift.models.config import DecoderConfig, LatentDecoderConfig
 
     fields = source.family.read_config(source.config) | source.family.megatron_fields()
     fields |= {
@@ -131,8 +133,9 @@ def transformer_config(
     latent = fields.get("multi_latent_attention")
     if latent:
         fields |= softmax_fields(source.config)
-    kind = MLATransformerConfig if latent else TransformerConfig
-    return kind(**(platform.transformer_config() | fields | (extra or {})))  # type: ignore[arg-type]
+    kind: Any = LatentDecoderConfig if latent else DecoderConfig
+    # The family's fields come after the platform's: it switches a fusion off that doesn't know its activation.
+    return kind(**(platform.transformer_config() | fields | (extra or {})))
 
 
 def check_layout(source: ModelSource, plan: ParallelPlan) -> None:
@@ -142,13 +145,14 @@ def check_layout(source: ModelSource, plan: ParallelPlan) -> None:
 
 
 def build_chunks(
-    source: ModelSource, config: TransformerConfig, plan: ParallelPlan, platform: Platform
+    source: ModelSource, config: DecoderConfig, plan: ParallelPlan, platform: Platform
 ) -> list[DecoderModel]:
     """This rank's model chunks (one, or vpp of them), on its device, in training mode, weights not loaded."""
     from mcore_swift.models.group_choice import rank_groups_by
     from mcore_swift.models.layers import DecoderModel, decoder_spec
+    from mcore_swift.models.windowed_rotary import set_windowed_rotary
 
-    frequencies, factor = rope_frequencies(source.config)
+    rotary, *windowed_rotary = (rope_frequencies(source.config, kind) for kind in rope_layer_types(source.config))
     chunks = []
     for chunk in range(plan.vpp) if plan.vpp > 1 else (None,):
         first, last = parallel.chunk_ends(chunk)
@@ -161,11 +165,12 @@ def build_chunks(
             post_process=last,
             share_embeddings_and_output_weights=source.tied,
             position_embedding_type="rope",
-            rotary_base=int(source.config.rope_parameters["rope_theta"]),
             vp_stage=chunk,
         )
         model.true_vocab_size = source.vocab_size
-        model.set_rotary(frequencies, factor)
+        model.set_rotary(*rotary)
+        for table in windowed_rotary:
+            set_windowed_rotary(model, *table)
         if source.family.group_rank is not None:
             rank_groups_by(model, source.family.group_rank)
         if platform.name == "cuda" and not config.init_model_with_meta_device:

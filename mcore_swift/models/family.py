@@ -50,7 +50,7 @@ def only(hf: str, *allowed: object, default: object = None) -> ConfigRow:
     return ConfigRow(read, lambda config: {hf: allowed[0]})
 
 
-def _read_window(config: HFConfig) -> dict[str, object]:
+def read_window(config: HFConfig) -> dict[str, object]:
     window = getattr(config, "sliding_window", None)
     kinds = (
         getattr(config, "layer_types", None)
@@ -77,11 +77,11 @@ def _write_window_by_layer(config: TransformerConfig) -> dict[str, object]:
     return {"use_sliding_window": True, "sliding_window": _window(config), "layer_types": kinds}
 
 
-SLIDING_WINDOW = ConfigRow(_read_window, lambda config: {"sliding_window": _window(config)})  # in every layer
-SLIDING_WINDOW_BY_LAYER = ConfigRow(_read_window, _write_window_by_layer)
+SLIDING_WINDOW = ConfigRow(read_window, lambda config: {"sliding_window": _window(config)})  # in every layer
+SLIDING_WINDOW_BY_LAYER = ConfigRow(read_window, _write_window_by_layer)
 
-# Rows of every decoder with RMSNorm, grouped-query attention and a gated SiLU MLP.
-DECODER_ROWS = (
+# Rows of every decoder with RMSNorm, grouped-query attention and a gated MLP.
+GATED_DECODER_ROWS = (
     same("num_hidden_layers", "num_layers"),
     same("hidden_size", "hidden_size"),
     same("intermediate_size", "ffn_hidden_size"),
@@ -91,8 +91,8 @@ DECODER_ROWS = (
     same("rms_norm_eps", "layernorm_epsilon"),
     same("initializer_range", "init_method_std"),
     same("attention_dropout", "attention_dropout", default=lambda config: 0.0),
-    only("hidden_act", "silu"),
 )
+DECODER_ROWS = (*GATED_DECODER_ROWS, only("hidden_act", "silu"))
 
 
 def gated_decoder_fields() -> dict[str, object]:

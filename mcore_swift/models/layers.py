@@ -20,18 +20,32 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, get_tr
 from torch import Tensor, nn
 
 from mcore_swift.models.attention import TorchAttention
+from mcore_swift.models.config import DecoderConfig
 from mcore_swift.models.expert_bias import with_bias
+from mcore_swift.models.post_norm import add_post_norms
 from mcore_swift.models.sinks import SinkAttention, mark_sharded
+from mcore_swift.models.soft_cap import CappedAttention
 from mcore_swift.platform import Platform
 from mcore_swift.weights.rules import is_moe_layer
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's RMSNorm with the constructor Megatron-Core calls; marks its weight so that SP gradients are reduced."""
+    """torch's RMSNorm with the constructor Megatron-Core calls; marks its weight so that SP gradients are reduced.
+
+    A zero-centred one multiplies by 1 + weight, in float32.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)
+        self.zero_centered = config.layernorm_zero_centered_gamma
+        if self.zero_centered:
+            nn.init.zeros_(self.weight)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.zero_centered:
+            return super().forward(x)
+        return nn.functional.rms_norm(x.float(), self.normalized_shape, 1 + self.weight.float(), self.eps).to(x.dtype)
 
 
 class FusedWgradLayer(TransformerLayer):
@@ -49,12 +63,12 @@ class FusedWgradLayer(TransformerLayer):
 
 
 def decoder_spec(
-    config: TransformerConfig, platform: Platform, *, chunk: int | None
+    config: DecoderConfig, platform: Platform, *, chunk: int | None
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The decoder's layers for this config on this platform. `chunk`: the number of this rank's chunk, if several."""
     if platform.layers == "transformer_engine":
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=chunk)
-        layers = [replace(layer, module=FusedWgradLayer) for layer in spec.layer_specs or ()]
+        layers = [_own_parts(replace(layer, module=FusedWgradLayer), config) for layer in spec.layer_specs or ()]
         return replace(spec, layer_specs=layers)
     kinds = [_torch_layer(config, moe=is_moe_layer(config, layer)) for layer in range(config.num_layers)]
     first = get_transformer_layer_offset(config, vp_stage=chunk)
@@ -62,7 +76,21 @@ def decoder_spec(
     return TransformerBlockSubmodules(own, layer_norm=RMSNorm)
 
 
-def _torch_layer(config: TransformerConfig, *, moe: bool) -> ModuleSpec:
+def _own_parts(layer: ModuleSpec, config: DecoderConfig) -> ModuleSpec:
+    """Transformer Engine's layer with what the family has and Transformer Engine doesn't."""
+    if config.post_layernorm:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer = add_post_norms(layer, config, cast(Any, TENorm))
+    if config.attn_logit_softcapping is not None:
+        submodules = cast(Any, layer.submodules)
+        attention = submodules.self_attention
+        attention = replace(attention, submodules=replace(attention.submodules, core_attention=CappedAttention))
+        layer = replace(layer, submodules=replace(submodules, self_attention=attention))
+    return layer
+
+
+def _torch_layer(config: DecoderConfig, *, moe: bool) -> ModuleSpec:
     """Megatron's own plain-torch layer, with the norms and the attention above."""
     spec = get_gpt_layer_local_spec(
         normalization="LayerNorm", qk_layernorm=config.qk_layernorm, num_experts=config.num_moe_experts if moe else None
@@ -70,6 +98,7 @@ def _torch_layer(config: TransformerConfig, *, moe: bool) -> ModuleSpec:
     layer = cast(Any, spec.submodules)
     attention = layer.self_attention
     core = TorchAttention if config.softmax_type == "vanilla" else SinkAttention
+    core = core if config.attn_logit_softcapping is None else CappedAttention
     norms = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if config.qk_layernorm else {}
     attention = replace(attention, submodules=replace(attention.submodules, core_attention=core, **norms))
     keys = layer.sharded_state_dict_keys_map
@@ -84,7 +113,8 @@ def _torch_layer(config: TransformerConfig, *, moe: bool) -> ModuleSpec:
         pre_mlp_layernorm=RMSNorm,
         sharded_state_dict_keys_map=keys,
     )
-    return replace(spec, submodules=layer)
+    spec = replace(spec, submodules=layer)
+    return add_post_norms(spec, config, RMSNorm) if config.post_layernorm else spec
 
 
 class _MaskPadding(torch.autograd.Function):
@@ -107,7 +137,15 @@ class DecoderModel(GPTModel):
     `true_vocab_size`: rows of the vocabulary that are real; the rest pads it to a multiple of the TP size.
     """
 
+    config: DecoderConfig
     true_vocab_size: int
+
+    def __init__(self, config: DecoderConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if config.embedding_scale is not None and hasattr(self, "embedding"):
+            # transformers rounds the factor to the model's dtype first: √5376 becomes 73.5 in bf16.
+            factor = torch.tensor(config.embedding_scale, dtype=config.params_dtype, device="cpu").item()
+            self.embedding.register_forward_hook(lambda module, args, output: cast(Tensor, output) * factor)
 
     def set_rotary(self, frequencies: Tensor, factor: float) -> None:
         """Replaces the rotary frequencies; `factor` multiplies cos and sin (YaRN's attention factor)."""
@@ -115,6 +153,11 @@ class DecoderModel(GPTModel):
         for layer in self.decoder.layers:
             # Megatron derives this from YaRN-only config fields; transformers gives the number itself.
             cast(Any, layer.self_attention)._yarn_concentration_factor = factor
+
+    def _scale_logits(self, logits: Tensor) -> Tensor:
+        """Where Megatron scales logits for µP, just after the output layer: soft-capping. [s, b, vocabulary / tp]."""
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else torch.tanh(logits / cap) * cap
 
     def mask_padding(self, logits: Tensor) -> Tensor:
         """Masks this rank's share of vocabulary padding. logits: [..., vocabulary / tp], changed in place."""

@@ -6,6 +6,8 @@ import importlib.metadata
 
 from mcore_swift.errors import InputError, nearest
 from mcore_swift.models.family import Family
+from mcore_swift.models.gemma2 import GEMMA2
+from mcore_swift.models.gemma3 import GEMMA3
 from mcore_swift.models.gpt_oss import GPT_OSS
 from mcore_swift.models.llama import LLAMA
 from mcore_swift.models.mistral import MISTRAL
@@ -14,7 +16,9 @@ from mcore_swift.models.qwen3 import QWEN3
 from mcore_swift.models.qwen3_moe import QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
-    model_type: family for family in (GPT_OSS, LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE) for model_type in family.model_types
+    model_type: family
+    for family in (GEMMA2, GEMMA3, GPT_OSS, LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE)
+    for model_type in family.model_types
 }
 
 

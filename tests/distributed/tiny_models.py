@@ -32,6 +32,16 @@ def _rope(kind: str, **values: float) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 1000.0, **values}}
 
 
+GEMMA: dict[str, Any] = {
+    "head_dim": 24,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 5,
+    "vocab_size": 101,
+    "tie_word_embeddings": True,
+    "pad_token_id": None,
+}
+
+
 # name → (model_type, what differs from COMMON)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -90,11 +100,42 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             **_rope("yarn", factor=4.0, original_max_position_embeddings=16, truncate=False),
         },
     ),
+    "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma2-uncapped": (
+        "gemma2",
+        GEMMA
+        | {
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "layer_types": ["full_attention"] * 4,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        GEMMA
+        | {
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+        },
+    ),
+    "gemma3-capped": (
+        "gemma3_text",
+        GEMMA
+        | {
+            "final_logit_softcapping": 3.0,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "sliding_attention"],
+            "rope_parameters": None,  # Gemma's own two bases
+        },
+    ),
 }
 # How large the values of some tensors are, by the end of their names: large enough for gpt-oss' clamps at 7.
 SCALES = {"gate_up_proj_bias": 4.0, "sinks": 1.0}
 # One a family, with as many of its oddities as go together: what the layout tests run.
-REPRESENTATIVES = ("llama-rope-llama3", "mistral-window", "qwen2-tied", "qwen3")
+REPRESENTATIVES = ("llama-rope-llama3", "mistral-window", "qwen2-tied", "qwen3", "gemma2", "gemma3")
 
 
 def tiny_config(variant: str, **changes: Any) -> Any:
@@ -110,11 +151,12 @@ def tiny_model(variant: str, *, dtype: torch.dtype = torch.float32, **changes: A
 
     model = AutoModelForCausalLM.from_config(tiny_config(variant, **changes), dtype=torch.float32)
     generator = torch.Generator().manual_seed(7)
+    unit = 0 if variant.startswith("gemma") else 1  # of a norm; Gemma's are zero-centred
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = torch.randn(parameter.shape, generator=generator)
             scale = next((scale for part, scale in SCALES.items() if name.endswith(part)), 0.15)
-            parameter.copy_(1 + 0.3 * values if "norm" in name else scale * values)
+            parameter.copy_(unit + 0.3 * values if "norm" in name else scale * values)
     return model.to(dtype).eval()
 
 
