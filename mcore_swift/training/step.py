@@ -61,7 +61,7 @@ def packed_params(batch: MicroBatch) -> PackedSeqParams | None:
 
 
 def forward_step(
-    objective: Objective, batches: Iterator[MicroBatch], model: torch.nn.Module
+    objective: Objective, batches: Iterator[MicroBatch], model: Any, return_schedule_plan: bool = False
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
     """Megatron's forward step function: the model's output, and the function that turns it into a loss.
 
@@ -69,11 +69,14 @@ def forward_step(
     ones.
     """
     batch = next(batches)
-    output = model(
+    # To hide experts' exchange, Megatron asks for the steps of a forward pass, to mix them with a backward pass's.
+    run = model.build_schedule_plan if return_schedule_plan else model
+    output = run(
         batch.tokens,
         batch.position_ids,
         None,
         labels=batch.labels,
+        loss_mask=batch.loss_mask,
         packed_seq_params=packed_params(batch),
         padding_mask=None if batch.real is None else ~batch.real,
     )
