@@ -32,13 +32,13 @@ def decode_fp8(values: torch.Tensor, scales: torch.Tensor, *, first_row: int = 0
 
 
 def check_block_size(raw: dict[str, object], path: object) -> None:
-    """Raises InputError when config.json speaks of a quantization other than FP8 with 128×128 block scales."""
+    """Raises InputError when config.json speaks of a quantization other than MXFP4 and 128×128 block FP8."""
     quantization = raw.get("quantization_config")
     if not isinstance(quantization, dict):
         return
     method, size = quantization.get("quant_method"), quantization.get("weight_block_size")
-    if method != "fp8" or list(size or ()) != [BLOCK, BLOCK]:
+    if method != "mxfp4" and (method != "fp8" or list(size or ()) != [BLOCK, BLOCK]):
         raise InputError(
             f"{path}/config.json: quantization_config: quant_method {method!r} with weight_block_size {size} is not"
-            f" supported; allowed: 'fp8' with [{BLOCK}, {BLOCK}], or weights that are not quantized"
+            f" supported; allowed: 'fp8' with [{BLOCK}, {BLOCK}], 'mxfp4', or weights that are not quantized"
         )

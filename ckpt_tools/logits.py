@@ -237,6 +237,10 @@ def _load(chunk: Any, rules: Any, source: TensorSource) -> None:
     for shard in local_shards([chunk]):
         rule = rule_of(shard, rules)
         parts = [source.read(name) for name in rule.hf]
+        if rule.packed:
+            own = rule.unpack(parts[0][rule.expert])
+            shard.data.copy_(own[shard.offset[0] : shard.offset[0] + len(shard.data)])
+            continue
         shard.data.zero_()  # vocabulary padding, if any
         rows = sum(len(part) for part in parts)
         for part, first, last, target in rule.segments(

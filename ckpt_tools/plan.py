@@ -68,6 +68,16 @@ class Transfer:
         """Hugging Face name → its rule, and which part of it."""
         return {name: (rule, part) for rule in self.rules.values() for part, name in enumerate(rule.hf)}
 
+    def packed(self, name: str) -> TensorRule | None:
+        """The rule of a target whose experts, or whose source's, lie packed in one Hugging Face tensor."""
+        rule = self.rules[name] if self.to_megatron else self.parts[name][0]
+        return rule if rule.packed else None
+
+    def expert_rows(self, name: str) -> int:
+        """Rows of an expert's slice of a packed target; 1 for any other target."""
+        rule = self.packed(name)
+        return self.targets[name].shape[0] // rule.stack if rule else 1
+
     @property
     def nbytes(self) -> int:
         """Bytes of tensors that will be written."""
@@ -150,9 +160,13 @@ def plan_transfer(
     else:
         specs = {name: st.TensorSpec(dtype or spec.dtype, spec.shape) for name, spec in source.specs.items()}
         layout = _safetensors_plan(specs, folder, max_shard_bytes=max_shard_bytes)
-        sources, targets = source.rows, layout.tensors
-    tasks = [task for name, target in targets.items() for task in _tasks(name, target)]
-    transfer = Transfer(rules, isinstance(source, HFSource), sources, source.scales, targets, tasks)
+        whole = {name for rule in rules.values() if rule.packed for name in rule.hf}
+        sources = source.rows
+        targets = {name: target.merged() if name in whole else target for name, target in layout.tensors.items()}
+    transfer = Transfer(rules, isinstance(source, HFSource), sources, source.scales, targets, [])
+    transfer.tasks.extend(
+        task for name, target in targets.items() for task in _tasks(name, target, unit=transfer.expert_rows(name))
+    )
     return transfer, layout
 
 
@@ -169,17 +183,17 @@ def megatron_specs(
             raise InputError(
                 f"{', '.join(found.values())}: Megatron fuses these, so they need one dtype; choose one with --dtype"
             )
-        rows, stack = sum(part.shape[0] for part in parts), rule.stack
-        leading = (stack, rows // stack) if stack else (rows,)
-        fused[key] = st.TensorSpec(kinds.pop(), (*leading, *parts[0].shape[1:]))
+        fused[key] = st.TensorSpec(kinds.pop(), rule.global_shape([part.shape for part in parts]))
     return fused
 
 
-def _tasks(name: str, target: Stored) -> Iterator[Task]:
+def _tasks(name: str, target: Stored, *, unit: int) -> Iterator[Task]:
+    """unit: rows that are read together, and so should not be cut."""
     for number, block in enumerate(target.blocks):
         start = block.offset[0]
-        for first, last in row_chunks(start, start + block.shape[0], target.row_bytes, budget=TASK_BYTES):
-            yield Task(name, number, first, last)
+        step = max(1, TASK_BYTES // (unit * target.row_bytes or 1)) * unit
+        for first in range(start, start + block.shape[0], step):
+            yield Task(name, number, first, min(first + step, start + block.shape[0]))
 
 
 def _safetensors_plan(specs: Mapping[str, st.TensorSpec], folder: Path, *, max_shard_bytes: int) -> CheckpointPlan:

@@ -22,6 +22,7 @@ from ckpt_tools.torch_dist import checkpoint_folder, dtype_names, read_tensors
 from mcore_swift.errors import InputError
 from mcore_swift.models.build import ModelSource, read_source
 from mcore_swift.models.keys import weight_rules
+from mcore_swift.weights import mxfp4
 from mcore_swift.weights import safetensors_io as st
 from mcore_swift.weights.live import IGNORED_SUFFIXES
 from mcore_swift.weights.rules import TensorRule
@@ -37,7 +38,7 @@ ALLOWED = (
 
 
 class TensorSource(Protocol):
-    """A model on the disk. `read` gives a whole tensor, decoded (block-scaled FP8 → bf16), in Hugging Face's layout."""
+    """A model on the disk. `read` gives a whole tensor, decoded (FP8, MXFP4 → bf16), in Hugging Face's layout."""
 
     path: Path
     kind: Literal["hf", "megatron"]
@@ -95,13 +96,15 @@ class HFSource:
     model: ModelSource = field(init=False)
     specs: dict[str, st.TensorSpec] = field(init=False)
     stored: dict[str, Stored] = field(init=False)  # the tensors as they lie in the files
-    scales: dict[str, Stored] = field(init=False)  # the block scales of FP8 tensors, by the name of the tensor
+    scales: dict[str, Stored] = field(init=False)  # those of FP8 and MXFP4 tensors, by the name of the tensor
     _files: Files = field(init=False, default_factory=Files)
 
     def __post_init__(self) -> None:
         self.model = read_source(self.path)
         check_block_size(self.model.raw, self.path)
         found = _folder_tensors(self.path)
+        packed = mxfp4.decoded_specs(found, self.path)
+        blocks, block_scales = ({n: found.pop(n + end) for n in packed} for end in (mxfp4.BLOCKS, mxfp4.SCALES))
         self.stored = {
             name: stored
             for name, stored in found.items()
@@ -115,6 +118,9 @@ class HFSource:
             name: st.TensorSpec("BF16" if name in self.scales else stored.dtype, stored.shape)
             for name, stored in self.stored.items()
         }
+        self.stored |= blocks
+        self.scales |= block_scales
+        self.specs |= packed
         if "quantization_config" in self.model.raw:
             raw = {key: value for key, value in self.model.raw.items() if key != "quantization_config"}
             self.model = replace(self.model, raw=raw)
@@ -137,7 +143,14 @@ class HFSource:
             )
 
     def read(self, name: str) -> torch.Tensor:
-        """One whole tensor; float8 with its scales applied, bf16."""
+        """One whole tensor; float8 and MXFP4 with their scales applied, bf16."""
+        import torch
+
+        if is_mxfp4(self.stored[name]):
+            whole = torch.empty(self.specs[name].shape, dtype=torch.bfloat16)
+            for expert, own in enumerate(whole):
+                own.copy_(read_expert(self.stored[name], self.scales[name], expert, self._files))
+            return whole
         values = read_whole(self.stored[name], self._files)
         if name not in self.scales:
             return values
@@ -146,6 +159,18 @@ class HFSource:
 
 def _base(name: str) -> str:
     return name.removesuffix(SCALE_SUFFIX)
+
+
+def is_mxfp4(stored: Stored) -> bool:
+    return stored.dtype == "U8"
+
+
+def read_expert(stored: Stored, scales: Stored | None, expert: int, files: Files) -> torch.Tensor:
+    """An expert's slice of a Hugging Face tensor that packs all of a layer's; MXFP4 decoded."""
+    values = read_whole(stored.layer(expert), files)
+    if scales is None:
+        return values
+    return mxfp4.decode_mxfp4(values, read_whole(scales.layer(expert), files)).T
 
 
 def _folder_tensors(folder: Path) -> dict[str, Stored]:
@@ -239,7 +264,7 @@ class MegatronSource:
         self.rules = weight_rules(self.model)
         found = {key: rule for key, rule in self.rules.items() if key in self.stored and _fits(rule, self.stored[key])}
         self.rows = {key: as_rows(rule, self.stored[key]) for key, rule in found.items()}
-        self._where = {name: (rule, part) for rule in found.values() for part, name in enumerate(rule.hf)}
+        self._where = {name: (rule, part) for rule in found.values() for part, name in rule.parts()}
         self.specs = {
             name: st.TensorSpec(self.rows[rule.key].dtype, self.shape(rule, part))
             for name, (rule, part) in self._where.items()
@@ -247,6 +272,8 @@ class MegatronSource:
 
     def shape(self, rule: TensorRule, part: int) -> tuple[int, ...]:
         """The shape of a part of a global tensor."""
+        if rule.packed:
+            return rule.hf_shapes(self.stored[rule.key].shape)[part]
         rows, *inner = self.rows[rule.key].shape
         if rule.rows:
             rows = rule.rows[part]
@@ -257,12 +284,23 @@ class MegatronSource:
     def read(self, name: str) -> torch.Tensor:
         """One whole tensor, put together from its rows in the global one."""
         rule, part = self._where[name]
+        if rule.packed:
+            return self._read_packed(rule)
         stored, shape = self.rows[rule.key], self.shape(rule, part)
         out = np.empty(shape[0] * stored.row_bytes, np.uint8)
         for first, last, target in part_segments(rule, part, 0, shape[0]):
             piece = out[target * stored.row_bytes : (target + last - first) * stored.row_bytes]
             read_rows(stored, first, last, piece, self._files)
         return as_tensor(out, stored.dtype, shape)
+
+    def _read_packed(self, rule: TensorRule) -> torch.Tensor:
+        import torch
+
+        stored = self.stored[rule.key]
+        whole = torch.empty(self.shape(rule, 0), dtype=torch_dtype(stored.dtype))
+        for expert, own in enumerate(whole):
+            own.copy_(rule.pack(read_whole(stored.layer(expert), self._files)))
+        return whole
 
 
 def _fits(rule: TensorRule, stored: Stored) -> bool:
@@ -331,6 +369,13 @@ def as_tensor(data: np.ndarray, dtype: str, shape: tuple[int, ...]) -> torch.Ten
 
     assert data.size == math.prod(shape) * st.ITEM_SIZE[dtype]
     return torch.from_numpy(data).view(torch_dtype(dtype)).view(shape)
+
+
+def as_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor's bytes, uint8 [n]; a copy where it is not contiguous."""
+    import torch
+
+    return tensor.contiguous().flatten().view(torch.uint8).numpy()
 
 
 def torch_dtype(name: str) -> Any:

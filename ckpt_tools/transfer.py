@@ -21,9 +21,10 @@ import numpy as np
 
 from ckpt_tools.decode import BLOCK, decode_fp8
 from ckpt_tools.plan import Task, Transfer
-from ckpt_tools.source import as_tensor, torch_dtype
+from ckpt_tools.source import as_bytes, as_tensor, read_expert, torch_dtype
 from ckpt_tools.stored import Files, Stored, read_rows, row_chunks
 from mcore_swift.errors import InputError
+from mcore_swift.weights.rules import TensorRule
 
 PIECE_BYTES = 1 << 20
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -62,16 +63,41 @@ class Worker:
         target = self.transfer.targets[task.name]
         block = target.blocks[task.block]
         nonfinite = 0
-        step = PIECE_BYTES
-        out = np.empty(min(step + target.row_bytes, (task.last - task.first) * target.row_bytes), np.uint8)
-        for first, last in row_chunks(task.first, task.last, target.row_bytes, budget=step):
-            piece = out[: (last - first) * target.row_bytes]
-            self._fill(piece, task, target, first, last)
+        rule = self.transfer.packed(task.name)
+        for first, piece in self._experts(rule, task, target) if rule else self._pieces(task, target):
             nonfinite += count_nonfinite(piece, target.dtype)
             start = block.start + (first - block.offset[0]) * target.row_bytes
             _write(self.targets[block.file], memoryview(piece), start)
         _start_writeback(self.targets[block.file], block.start, task, target)
         return Done(number, (task.last - task.first) * target.row_bytes, nonfinite)
+
+    def _pieces(self, task: Task, target: Stored) -> Iterator[tuple[int, np.ndarray]]:
+        """A task's bytes piece by piece in one buffer, each with its first row."""
+        out = np.empty(min(PIECE_BYTES + target.row_bytes, (task.last - task.first) * target.row_bytes), np.uint8)
+        for first, last in row_chunks(task.first, task.last, target.row_bytes, budget=PIECE_BYTES):
+            piece = out[: (last - first) * target.row_bytes]
+            self._fill(piece, task, target, first, last)
+            yield first, piece
+
+    def _experts(self, rule: TensorRule, task: Task, target: Stored) -> Iterator[tuple[int, np.ndarray]]:
+        """The same for a target with packed experts on either side: an expert is read, and turned, as a whole."""
+        rows = self.transfer.expert_rows(task.name)
+        for expert in range(task.first // rows, -(-task.last // rows)):
+            start = expert * rows
+            first, last = max(task.first, start), min(task.last, start + rows)
+            own = self._expert(rule, expert)[first - start : last - start].to(torch_dtype(target.dtype))
+            yield first, as_bytes(own)
+
+    def _expert(self, rule: TensorRule, expert: int) -> Any:
+        name = rule.hf[0]
+        if self.transfer.to_megatron:
+            scales = self.transfer.scales.get(name)
+            return rule.unpack(read_expert(self.transfer.sources[name], scales, expert, self.sources))
+        stored = self.transfer.sources[rule.key]
+        rows = stored.shape[0] // rule.stack
+        raw = np.empty(rows * stored.row_bytes, np.uint8)
+        read_rows(stored, expert * rows, (expert + 1) * rows, raw, self.sources)
+        return rule.pack(as_tensor(raw, stored.dtype, (rows, *stored.shape[1:])))
 
     def _fill(self, out: np.ndarray, task: Task, target: Stored, first: int, last: int) -> None:
         for name, low, high, row in self.transfer.segments(task.name, first, last):

@@ -17,8 +17,9 @@ import torch.distributed as dist
 
 from mcore_swift import parallel
 from mcore_swift.errors import InputError
+from mcore_swift.weights import mxfp4
 from mcore_swift.weights import safetensors_io as io
-from mcore_swift.weights.coverage import hf_misfits
+from mcore_swift.weights.coverage import Spec, hf_misfits
 from mcore_swift.weights.rules import TensorRule
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers that old Hugging Face folders carry
-MXFP4_SUFFIX = "_blocks"  # of a tensor in the hub's gpt-oss folders; its scales lie beside it
 
 
 @dataclass(frozen=True)
@@ -101,20 +101,21 @@ def rule_of(shard: Shard, rules: Mapping[str, TensorRule]) -> TensorRule:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
+def decoded(folder: io.SafetensorsFolder) -> Mapping[str, Spec]:
+    """The folder's tensors from its headers, MXFP4 as what it decodes to."""
+    specs = mxfp4.decoded_specs(folder.entries, folder.folder)
+    stored = {name + end for name in specs for end in (mxfp4.BLOCKS, mxfp4.SCALES)}
+    return {name: entry for name, entry in folder.entries.items() if name not in stored} | specs
+
+
 def check_coverage(rules: Mapping[str, TensorRule], folder: io.SafetensorsFolder, *, tied: bool) -> None:
     """Every tensor that the rules need is there, in the right shape, and nothing else is. Reads only headers.
 
     Raises InputError that lists every tensor that is missing, unexpected or mis-shaped (up to ten of each).
     """
-    quantized = next((name for name in folder.entries if name.endswith(MXFP4_SUFFIX)), None)
-    if quantized is not None:
-        raise InputError(
-            f"{folder.folder}: {quantized} is MXFP4, which a running model does not load;"
-            f" decode the folder first: mcore-swift convert {folder.folder} DST"
-        )
     ignored = [name for name in folder.entries if name.endswith(IGNORED_SUFFIXES)]
     misfits = hf_misfits(
-        rules, folder.entries, dtypes=DTYPES, ignored=[*ignored, "lm_head.weight"] if tied else ignored
+        rules, decoded(folder), dtypes=DTYPES, ignored=[*ignored, "lm_head.weight"] if tied else ignored
     )
     if misfits:
         raise InputError(f"{folder.folder}: the tensors do not fit the config: {misfits.text(limit=10)}")
@@ -129,6 +130,7 @@ def load(
     """
     check_coverage(rules, folder, tied=tied)
     vocab_size: int = chunks[0].true_vocab_size  # type: ignore[assignment]
+    specs = decoded(folder)
     packed = lru_cache(maxsize=1)(partial(_read_packed, folder))  # gate and up are two shards of one slice
     error: InputError | None = None
     try:
@@ -136,7 +138,7 @@ def load(
             for shard in local_shards(chunks):
                 rule = rule_of(shard, rules)
                 if rule.packed:
-                    _check_packed(rules[shard.key], shard, folder)
+                    _check_packed(rules[shard.key], shard, specs, folder)
                     inside = (slice(o, o + n) for o, n in zip(shard.offset, shard.data.shape, strict=True))
                     shard.data.copy_(packed(rule)[tuple(inside)])
                 else:
@@ -168,22 +170,29 @@ def _load_shard(shard: Shard, rule: TensorRule, folder: io.SafetensorsFolder, *,
 
 
 def _read_finite(folder: io.SafetensorsFolder, name: str, *slices: slice) -> torch.Tensor:
-    block = folder.read(name, *slices)
+    return _finite(folder.read(name, *slices), name, folder)
+
+
+def _finite(block: torch.Tensor, name: str, folder: io.SafetensorsFolder) -> torch.Tensor:
     if not bool(torch.isfinite(block).all()):
         raise InputError(f"{folder.folder}: tensor {name} has NaN or infinite values")
     return block
 
 
-def _check_packed(rule: TensorRule, shard: Shard, folder: io.SafetensorsFolder) -> None:
-    found, (needed,) = folder.entries[rule.hf[0]].shape, rule.hf_shapes((rule.stack, *shard.global_shape))
+def _check_packed(rule: TensorRule, shard: Shard, specs: Mapping[str, Spec], folder: io.SafetensorsFolder) -> None:
+    found, (needed,) = specs[rule.hf[0]].shape, rule.hf_shapes((rule.stack, *shard.global_shape))
     if found != needed:
         raise InputError(f"{folder.folder}: {rule.hf[0]}: shape {list(found)} where the config needs {list(needed)}")
 
 
 def _read_packed(folder: io.SafetensorsFolder, rule: TensorRule) -> torch.Tensor:
-    """The slice of a stack's global tensor that `rule` is about, whole."""
+    """The slice of a stack's global tensor that `rule` is about, whole; MXFP4 decoded."""
     assert rule.expert is not None
-    return rule.unpack(_read_finite(folder, rule.hf[0], slice(rule.expert, rule.expert + 1))[0])
+    (name,), own = rule.hf, slice(rule.expert, rule.expert + 1)
+    if name in folder.entries:
+        return rule.unpack(_read_finite(folder, name, own)[0])
+    blocks, scales = (folder.read(name + end, own)[0] for end in (mxfp4.BLOCKS, mxfp4.SCALES))
+    return rule.unpack(_finite(mxfp4.decode_mxfp4(blocks, scales).T, name, folder))
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ all use the same expanded rules.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -120,6 +120,14 @@ class TensorRule:
             rows = (sum(self.rows) // self.stack,)
             return ((self.stack, *inner, *rows) if self.transposed else (self.stack, *rows, *inner),)
         return tuple((rows, *inner) for rows in self.rows or shape[:1])
+
+    def global_shape(self, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+        """The inverse of `hf_shapes`, for Hugging Face tensors of equal width."""
+        if self.packed:
+            stack, *own = shapes[0]
+            return (stack, *(reversed(own) if self.transposed else own))
+        rows = sum(shape[0] for shape in shapes)
+        return (*((self.stack, rows // self.stack) if self.stack else (rows,)), *shapes[0][1:])
 
     def unpack(self, packed: Any) -> Any:
         """An expert's slice of the packed Hugging Face tensor → its slice [rows, …] of the global one.
