@@ -150,6 +150,7 @@ def build_chunks(
     """This rank's model chunks (one, or vpp of them), on its device, in training mode, weights not loaded."""
     from mcore_swift.models.group_choice import rank_groups_by
     from mcore_swift.models.layers import DecoderModel, decoder_spec
+    from mcore_swift.models.marks import correct_marks
     from mcore_swift.models.windowed_rotary import set_windowed_rotary
 
     rotary, *windowed_rotary = (rope_frequencies(source.config, kind) for kind in rope_layer_types(source.config))
@@ -169,6 +170,7 @@ def build_chunks(
         )
         model.true_vocab_size = source.vocab_size
         model.set_rotary(*rotary)
+        correct_marks(model)
         for table in windowed_rotary:
             set_windowed_rotary(model, *table)
         if source.family.group_rank is not None:

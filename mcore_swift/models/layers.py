@@ -23,7 +23,7 @@ from mcore_swift.models.attention import TorchAttention
 from mcore_swift.models.config import DecoderConfig
 from mcore_swift.models.expert_bias import with_bias
 from mcore_swift.models.post_norm import add_post_norms
-from mcore_swift.models.sinks import SinkAttention, mark_sharded
+from mcore_swift.models.sinks import SinkAttention
 from mcore_swift.models.soft_cap import CappedAttention
 from mcore_swift.platform import Platform
 from mcore_swift.weights.rules import is_moe_layer
@@ -59,7 +59,6 @@ class FusedWgradLayer(TransformerLayer):
         fused = copy(config)
         fused.gradient_accumulation_fusion = True
         super().__init__(fused, *args, **kwargs)
-        mark_sharded(cast(Any, self.self_attention).core_attention)
 
 
 def decoder_spec(

@@ -154,8 +154,8 @@ MODEL_RULES: list[Row[Fit]] = [
         "parallel.etp",
         "other than 1, for experts with biases",
         lambda r: r.expert_biases and r.plan.etp > 1,
-        "{r.plan.etp} (parallel.tp where it is not given), but the experts of {r.family} have biases, which Megatron-Core"
-        " supports at 1 only: each rank would add them ({r.folder})",
+        "{r.plan.etp} (parallel.tp where it is not given), but the experts of {r.family} have biases, which"
+        " Megatron-Core has at 1 only: each rank would add them ({r.folder})",
         "set parallel.etp: 1",
     ),
     Row(

@@ -10,19 +10,11 @@ from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from mcore_swift.models.attention import TorchAttention
-
-
-def mark_sharded(attention: nn.Module) -> None:
-    """Has the gradient norm count every rank's sinks, not only the first's: nobody marks them as shards."""
-    sinks = getattr(attention, "softmax_offset", None)
-    if sinks is not None:
-        set_tensor_model_parallel_attributes(sinks, is_parallel=True, dim=0, stride=1)
 
 
 class SinkAttention(TorchAttention):
@@ -35,7 +27,6 @@ class SinkAttention(TorchAttention):
         self.tp_group = pg_collection.tp
         heads = config.num_attention_heads // self.tp_group.size()
         self.softmax_offset = nn.Parameter(torch.zeros(heads, dtype=config.params_dtype))
-        mark_sharded(self)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [b, heads, s, d], key, value [b, groups, t, d] → [b, heads, s, d]."""
