@@ -17,7 +17,7 @@ from mcore_swift import recipe_io
 from mcore_swift.errors import EXIT_FAILED, InputError
 from mcore_swift.models.build import ModelSource, check_layout
 from mcore_swift.models.layout_rules import MODEL_RULES
-from mcore_swift.models.stages import loss_cost, pipeline_layout
+from mcore_swift.models.stages import describe, loss_cost, pipeline_layout
 from mcore_swift.parallel import ParallelPlan, resolve
 from mcore_swift.pipeline import bubble_fraction, imbalance, written
 from mcore_swift.recipe import Recipe
@@ -195,8 +195,7 @@ def _facts(outline: Outline) -> dict[str, str]:
         "layout": f"{plan} = {plan.world_size:,} ranks",
         "batch": f"{schedule.global_batch_size:,} samples a step: {outline.micro_batches} micro-batches of"
         f" {schedule.micro_batch_size} on each of {plan.dp} data parallel ranks; {outline.tokens:,} tokens",
-        "pipeline": f"{written(outline.chunks)}: idle for {100 * outline.bubble:.1f} % of a step while it fills and"
-        f" empties, {100 * outline.imbalance:.1f} % waiting for the slowest stage",
+        "pipeline": describe(outline.source, plan, micro_batches=outline.micro_batches) or "one stage",
     }
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from mcore_swift.models.keys import global_shapes, rule_config
 from mcore_swift.parallel import ParallelPlan
-from mcore_swift.pipeline import layout_of
+from mcore_swift.pipeline import bubble_fraction, imbalance, layout_of, written
 
 if TYPE_CHECKING:
     from mcore_swift.models.build import ModelSource
@@ -23,6 +23,19 @@ def pipeline_layout(source: ModelSource, plan: ParallelPlan) -> tuple[str, ...]:
         layers=int(fields["num_layers"]),  # type: ignore[call-overload]
         mtp=int(fields.get("mtp_num_layers") or 0),  # type: ignore[call-overload]
         loss_cost=loss_cost(source),
+    )
+
+
+def describe(source: ModelSource, plan: ParallelPlan, *, micro_batches: int) -> str:
+    """For a reader: what lies on which stage, and the share of a step that the stages wait; "" without stages."""
+    if plan.pp == 1:
+        return ""
+    chunks = pipeline_layout(source, plan)
+    bubble = bubble_fraction(pp=plan.pp, vpp=plan.vpp, micro_batches=micro_batches)
+    uneven = imbalance(chunks, pp=plan.pp, loss_cost=loss_cost(source))
+    return (
+        f"{written(chunks)}: idle for {100 * bubble:.1f} % of a step while it fills and empties, {100 * uneven:.1f} %"
+        " waiting for the slowest stage"
     )
 
 

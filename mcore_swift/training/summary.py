@@ -51,6 +51,8 @@ def run_facts(info: RunInfo, end: RunEnd, *, steps: list[Row], evals: list[Row])
         "model": f"{info.model_name}, {info.num_parameters / 1e6:,.1f} M parameters",
         "layout": f"{info.layout} on {info.world_size} x {info.device_name}",
     }
+    if info.pipeline:
+        facts["pipeline"] = info.pipeline
     if steps:
         facts |= _training_facts(info, steps=steps)
     if evals:

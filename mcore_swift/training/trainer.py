@@ -19,10 +19,12 @@ from mcore_swift.data.tokenizer import load_tokenizer
 from mcore_swift.errors import InputError, StopRequested
 from mcore_swift.flops import peak_flops, training_flops
 from mcore_swift.models.build import ModelSource
+from mcore_swift.models.stages import describe
 from mcore_swift.objectives.registry import OBJECTIVES
 from mcore_swift.parallel import ParallelPlan
 from mcore_swift.platform import Platform
 from mcore_swift.recipe import Recipe
+from mcore_swift.recipe_checks.job import Batches
 from mcore_swift.recipe_io import dump_recipe
 from mcore_swift.training import setup
 from mcore_swift.training.callbacks import Callback, RunEnd, RunInfo, StepRecord, build_callbacks
@@ -302,6 +304,7 @@ class Trainer:
             model_name=self.source.folder.resolve().name,
             num_parameters=self.model.num_parameters,
             layout=str(self.plan),
+            pipeline=describe(self.source, self.plan, micro_batches=Batches(self.recipe, self.plan).micro_batches),
             world_size=self.plan.world_size,
             device_name=self.platform.device_name(),
             device_unit="GPU" if self.platform.name == "cuda" else "rank",

@@ -125,8 +125,26 @@ def keys_gradient_of_own_queries_only(patch: Patch) -> None:
     patch.setattr(attention, "gather_from_sequence_parallel_region", wrong)
 
 
+# --- pipelines --------------------------------------------------------------------------------------------------------
+
+
+def no_boundaries_on_middle_stages(patch: Patch) -> None:
+    """cu_seqlens reach the first and the last stage only: in between, documents attend to one another."""
+    from mcore_swift import parallel
+    from mcore_swift.training import step
+
+    right = step.packed_params
+
+    def wrong(batch: MicroBatch) -> Any:
+        place = parallel.ranks()
+        return right(batch) if place.pp == 0 or place.is_last_stage else None
+
+    patch.setattr(step, "packed_params", wrong)
+
+
 CP2 = ParallelSection(cp=2)
 FAULTS = {
+    "cu_seqlens not sent to middle stages": Fault(no_boundaries_on_middle_stages, ParallelSection(pp=4)),
     "CP loss summed twice": Fault(loss_summed_twice, CP2),
     "RoPE offset on CP rank 1, packed": Fault(rotary_offset_on_rank_1_packed, CP2),
     "RoPE offset on CP rank 1, rows": Fault(rotary_offset_on_rank_1_rows, CP2, packing=False),
