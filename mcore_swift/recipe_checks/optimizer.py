@@ -146,10 +146,10 @@ FSDP: list[Row[Recipe]] = [
     ),
     Row(
         "optimizer.fsdp",
-        "any, with checkpoint.dir",
-        lambda r: r.optimizer.fsdp and r.checkpoint.dir,
+        "any, with a checkpoint or an export",
+        lambda r: r.optimizer.fsdp and r.checkpoint.dir and (c := r.checkpoint) and (c.interval or c.final or c.export),
         "parameters in {r.optimizer.fsdp}'s shards can't be saved or exported yet",
-        "leave checkpoint.dir out (to measure), or leave fsdp out",
+        "leave checkpoint.dir out, or set checkpoint.final and export: false (to measure)",
     ),
     Row(
         "optimizer.fsdp",

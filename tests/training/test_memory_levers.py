@@ -167,7 +167,7 @@ REFUSED = [
         "can't be restored from a checkpoint part by part; set checkpoint.resume: never",
     ),
     ("--optimizer.fsdp megatron --parallel.tp 2", "proved for data parallelism alone, found tp 2"),
-    ("--optimizer.fsdp megatron --checkpoint.dir d", "parameters in megatron's shards can't be saved or exported yet"),
+    ("--optimizer.fsdp megatron --checkpoint.dir d", "shards can't be saved or exported yet; leave checkpoint.dir"),
     (f"{OPTIMIZER} --optimizer.fsdp torch", "torch is proved with adam only, found optimizer.name: muon"),
     ("--optimizer.fsdp megatron --optimizer.distributed false", "megatron shards the optimizer's states too"),
     ("--optimizer.fsdp torch", "Megatron's distributed optimizer can't take its shards; set optimizer.distributed"),
