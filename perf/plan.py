@@ -7,6 +7,7 @@ ranks. With `build`, the real modules of a rank of each kind are built and held 
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -228,8 +229,13 @@ def _print_rules(as_json: bool) -> None:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("key", "value", "why it is refused", "what to do", show_lines=True)
+    for column in table.columns:
+        column.overflow = "fold"
+    table.columns[0].no_wrap = True
     for rule in rules:
-        table.add_row(*(text.replace("[", r"\[") for text in rule.values()))
-    Console(highlight=False).print(table)
+        rule["keys"] = rule["keys"].replace(", ", "\n")
+        table.add_row(*(Text(text) for text in rule.values()))
+    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)

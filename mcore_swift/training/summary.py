@@ -122,7 +122,8 @@ def _page(info: RunInfo, *, facts: Mapping[str, str], has_figure: bool, purpose:
 
 
 def _table(rows: Mapping[str, object]) -> str:
-    body = [f"| {name} | {f'{value:,}' if isinstance(value, int) else value} |" for name, value in rows.items()]
+    texts = {name: f"{value:,}" if isinstance(value, int) else str(value) for name, value in rows.items()}
+    body = [f"| {name} | {text.replace('|', '&#124;')} |" for name, text in texts.items()]
     return "\n".join(["| | |", "| --- | --- |", *body])
 
 

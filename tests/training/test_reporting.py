@@ -210,7 +210,7 @@ def test_summary_of_a_resumed_run(tmp_path: Path, capsys: pytest.CaptureFixture[
         "outcome": "finished after 12 of 12 steps",
         "model": "SmolLM2-135M, 134.5 M parameters",
         "layout": "TP1 PP2 DP1 on 2 x NVIDIA H100 80GB HBM3",
-        "pipeline": "Et*15|t*15L: idle for 20.0 % of a step",
+        "pipeline": "Et*15&#124;t*15L: idle for 20.0 % of a step",
         "tokens": f"{12 * 4096:,} processed, {12 * 3000 + 78:,} in the loss",
         "loss": f"2.3333 (step 1) → 2.0278 (step 12); mean of the first 5: {2 + first:.4f}, "
         f"of the last 5: {2 + last:.4f}",
