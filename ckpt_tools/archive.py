@@ -15,6 +15,7 @@ import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -198,6 +199,7 @@ class _Pickler(pickle.Pickler):
         return "storage", getattr(torch, name), "0", "cpu", obj.size
 
 
+@lru_cache(maxsize=1024)  # the experts of a model have few shapes and tens of thousands of chunks
 def frame(dtype: str, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
     """What stands before and after a tensor's bytes in an archive that torch.load reads; for less than 4 GiB.
 

@@ -20,10 +20,14 @@ from ckpt_tools.peft_folder import read_json
 from mcore_swift.errors import InputError
 from mcore_swift.weights import safetensors_io as io
 
+AHEAD = "multi-token prediction"  # layers after the model's own, which one token's prediction doesn't need
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 # A tensor's part, by its name in Hugging Face's, Megatron's or GGUF's naming; the first pattern that is found counts.
 PARTS: tuple[tuple[str, str], ...] = (
     ("adapter", r"lora_"),
+    (AHEAD, r"^mtp\."),
     ("norms", r"norm"),
+    ("shared experts", r"shared_expert|_shexp\b"),
     ("experts", r"experts?\b|_exps\b"),
     ("embedding", r"embed|token_embd"),
     ("head", r"lm_head|output_layer|^output\."),
@@ -118,7 +122,10 @@ def _found(
     shape = {what: next((config[key] for key in keys if config.get(key) is not None), None) for what, keys in SHAPE}
     if shape["head dim"] is None and shape["hidden"] and shape["heads"]:
         shape["head dim"] = shape["hidden"] // shape["heads"]
-    parts = {part: _sizes(tensor for name, tensor in tensors.items() if _part(name) == part) for part, _ in PARTS}
+    layers = shape["layers"]
+    parts = {
+        part: _sizes(tensor for name, tensor in tensors.items() if _part(name, layers) == part) for part, _ in PARTS
+    }
     kinds = sorted({tensor.dtype for tensor in tensors.values()})
     total = _sizes(tensors.values())
     share = (shape["experts a token"] or 1) / (shape["experts"] or 1)
@@ -127,7 +134,7 @@ def _found(
         kind=kind,
         family=_family(config),
         parameters=total.parameters,
-        active=total.parameters - round((1 - share) * parts["experts"].parameters),
+        active=total.parameters - parts[AHEAD].parameters - round((1 - share) * parts["experts"].parameters),
         bytes=total.bytes,
         tied=_tied(config, tensors),
         shape={what: value for what, value in shape.items() if value is not None},
@@ -143,7 +150,11 @@ def _sizes(tensors: Iterable[Tensor]) -> Size:
     return Size(len(chosen), sum(tensor.numel for tensor in chosen), sum(tensor.nbytes for tensor in chosen))
 
 
-def _part(name: str) -> str:
+def _part(name: str, layers: int | None = None) -> str:
+    """layers: the model's own; those after them predict further tokens."""
+    layer = _LAYER.match(name)
+    if layer and layers and int(layer[1]) >= layers:
+        return AHEAD
     return next(part for part, pattern in PARTS if re.search(pattern, name))
 
 

@@ -66,7 +66,7 @@ class Transfer:
     @cached_property
     def parts(self) -> dict[str, tuple[TensorRule, int]]:
         """Hugging Face name → its rule, and which part of it."""
-        return {name: (rule, part) for rule in self.rules.values() for part, name in enumerate(rule.hf)}
+        return {name: (rule, part) for rule in self.rules.values() for part, name in rule.parts()}
 
     def packed(self, name: str) -> TensorRule | None:
         """The rule of a target whose experts, or whose source's, lie packed in one Hugging Face tensor."""
@@ -120,6 +120,12 @@ def check_coverage(source: HFSource | MegatronSource) -> None:
             raise InputError(
                 f"{source.path}: config.json says tie_word_embeddings, but {head} has other values than {embedding};"
                 " set tie_word_embeddings: false in config.json to keep both, or remove the tensor"
+            )
+    copied = weight_rules(source.model).values() if isinstance(source, HFSource) else ()
+    for name, (original, *_) in ((name, rule.hf) for rule in copied for name in rule.copies):
+        if not _same(source.stored[name], source.stored[original]):
+            raise InputError(
+                f"{source.path}: {name} has other values than {original}; Megatron-Core holds one tensor for both"
             )
 
 

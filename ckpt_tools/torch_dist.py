@@ -30,7 +30,12 @@ TRACKER = "latest_checkpointed_iteration.txt"
 
 # A layer's norms: alone, or fused into the linear layer after it, where a layer has that one. Transformer Engine fuses
 # what can be; Megatron's local spec writes the names of both kinds whatever there is.
-_NORMS = (("input_layernorm.", "self_attention.linear_qkv"), ("pre_mlp_layernorm.", "mlp.linear_fc1"))
+_NORMS = (
+    ("input_layernorm.", "self_attention.linear_qkv"),
+    ("pre_mlp_layernorm.", "mlp.linear_fc1"),
+    ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj"),
+    ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj"),
+)
 _HAS_EXTRA_STATE = re.compile(r"\.(linear_\w+|eh_proj|\w*norm)\.weight$")
 _STACKED = re.compile(r"decoder\.layers\.(?!\d+\.)")
 

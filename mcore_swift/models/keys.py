@@ -66,12 +66,16 @@ def expand_rules(source: ModelSource, config: TransformerConfig) -> dict[str, Te
     )
 
 
-def _attention_rows(c: Any) -> int:
-    return c.num_attention_heads * c.kv_channels
-
-
 def _qkv_rows(c: Any) -> int:
-    return _attention_rows(c) + 2 * c.num_query_groups * c.kv_channels
+    return (c.num_attention_heads + 2 * c.num_query_groups) * c.kv_channels
+
+
+def _latent_query_rows(c: Any) -> int:
+    return c.num_attention_heads * (c.qk_head_dim + c.qk_pos_emb_head_dim)
+
+
+def _latent_key_value_rows(c: Any) -> int:
+    return c.num_attention_heads * (c.qk_head_dim + c.v_head_dim)
 
 
 def _hidden(c: Any) -> tuple[int, ...]:
@@ -88,9 +92,24 @@ _SHAPES: dict[str, Callable[[Any], tuple[int, ...]]] = {
     "self_attention.linear_qkv.bias": lambda c: (_qkv_rows(c),),
     "self_attention.q_layernorm.weight": lambda c: (c.kv_channels,),
     "self_attention.k_layernorm.weight": lambda c: (c.kv_channels,),
-    "self_attention.linear_proj.weight": lambda c: (c.hidden_size, _attention_rows(c)),
+    "self_attention.linear_proj.weight": lambda c: (
+        c.hidden_size,
+        c.num_attention_heads * getattr(c, "v_head_dim", c.kv_channels),
+    ),
     "self_attention.linear_proj.bias": _hidden,
     "self_attention.linear_proj.post_layernorm.weight": _hidden,
+    "input_layernorm.weight": _hidden,
+    "self_attention.linear_q_proj.weight": lambda c: (_latent_query_rows(c), c.hidden_size),
+    "self_attention.linear_q_down_proj.weight": lambda c: (c.q_lora_rank, c.hidden_size),
+    "self_attention.linear_q_up_proj.layer_norm_weight": lambda c: (c.q_lora_rank,),
+    "self_attention.linear_q_up_proj.weight": lambda c: (_latent_query_rows(c), c.q_lora_rank),
+    "self_attention.linear_kv_down_proj.weight": lambda c: (c.kv_lora_rank + c.qk_pos_emb_head_dim, c.hidden_size),
+    "self_attention.linear_kv_up_proj.layer_norm_weight": lambda c: (c.kv_lora_rank,),
+    "self_attention.linear_kv_up_proj.weight": lambda c: (_latent_key_value_rows(c), c.kv_lora_rank),
+    "enorm.weight": _hidden,
+    "hnorm.weight": _hidden,
+    "eh_proj.weight": lambda c: (c.hidden_size, 2 * c.hidden_size),
+    "final_layernorm.weight": _hidden,
     "pre_mlp_layernorm.weight": _hidden,
     "mlp.linear_fc1.layer_norm_weight": _hidden,
     "mlp.linear_fc1.weight": lambda c: (2 * c.ffn_hidden_size, c.hidden_size),

@@ -102,6 +102,34 @@ def test_experts_that_a_token_is_not_sent_to_are_not_active(tmp_path: Path) -> N
     assert found.family == "some_moe (not a family that mcore-swift trains)"
 
 
+def test_shared_experts_and_layers_that_predict_further_tokens(tmp_path: Path) -> None:
+    """DeepSeek's parts: all tokens pass shared experts, and none needs the layer after the model's own."""
+    config = {"model_type": "deepseek_v3", "num_hidden_layers": 1, "n_routed_experts": 4, "num_experts_per_tok": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = {
+        f"model.layers.{layer}.mlp.{name}.up_proj.weight": torch.ones(4, 4)
+        for layer in range(2)
+        for name in ("shared_experts", *(f"experts.{i}" for i in range(4)))
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    found = look(tmp_path)
+    assert {part: size.parameters for part, size in found.parts.items()} == {
+        "multi-token prediction": 80,
+        "shared experts": 16,
+        "experts": 64,
+    }
+    assert (found.parameters, found.active) == (160, 16 + 16)
+
+
+@pytest.mark.parametrize("variant", ["qwen3-moe"])
+def test_a_checkpoint_counts_as_its_folder_does(tmp_path: Path, variant: str) -> None:
+    folder = tiny_folder(tmp_path / "hf", variant)
+    convert(folder, tmp_path / "megatron", workers=1)
+    a, b = look(folder), look(tmp_path / "megatron")
+    assert (a.parameters, a.active, a.shape["experts"]) == (b.parameters, b.active, b.shape["experts"])
+    assert a.shape["experts"] == 8 and a.active == a.parameters - 3 * 5 * 3 * 40 * 64  # 3 layers, 3 of 8 experts
+
+
 def test_adapter_and_single_file(tmp_path: Path) -> None:
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
     save_file({f"{name}{part}.weight": torch.ones(4, 8) for part in "AB"}, tmp_path / "adapter_model.safetensors")

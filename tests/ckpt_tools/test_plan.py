@@ -15,84 +15,14 @@ from ckpt_tools.torch_dist import plan_checkpoint
 from mcore_swift.models.build import read_source
 from mcore_swift.models.keys import global_shapes, weight_rules
 from mcore_swift.weights.safetensors_io import TensorSpec
-
-# From the models' public config.json files; `parameters` as published (the sum over the safetensors' headers).
-MODELS: dict[str, dict[str, Any]] = {
-    "Llama-3.1-405B": {
-        "model_type": "llama",
-        "hidden_size": 16384,
-        "intermediate_size": 53248,
-        "num_hidden_layers": 126,
-        "num_attention_heads": 128,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "rope_theta": 500000.0,
-        "parameters": 405_853_388_800,
-    },
-    "Qwen2.5-72B": {
-        "model_type": "qwen2",
-        "hidden_size": 8192,
-        "intermediate_size": 29568,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "vocab_size": 152064,
-        "rope_theta": 1000000.0,
-        "parameters": 72_706_203_648,
-    },
-    "Qwen3-32B": {
-        "model_type": "qwen3",
-        "hidden_size": 5120,
-        "intermediate_size": 25600,
-        "num_hidden_layers": 64,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 151936,
-        "rope_theta": 1000000.0,
-        "parameters": 32_762_123_264,
-    },
-    "Mistral-Large-2407": {
-        "model_type": "mistral",
-        "hidden_size": 12288,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 88,
-        "num_attention_heads": 96,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "vocab_size": 32768,
-        "sliding_window": None,
-        "rope_theta": 1000000.0,
-        "parameters": 122_610_069_504,
-    },
-}
+from tests.ckpt_tools.real_shapes import MODELS, model_tensors
 
 
-def model_tensors(c: dict[str, Any]) -> dict[str, TensorSpec]:
-    """What the published folder holds, written down without the project's rules."""
-    hidden, ffn, heads, groups = (
-        c[k] for k in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    )
-    head = c.get("head_dim", hidden // heads)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c["vocab_size"], hidden)}
-    for i in range(c["num_hidden_layers"]):
-        layer = f"model.layers.{i}."
-        for name, rows in (("q", heads * head), ("k", groups * head), ("v", groups * head)):
-            shapes[f"{layer}self_attn.{name}_proj.weight"] = (rows, hidden)
-            if c["model_type"] == "qwen2":
-                shapes[f"{layer}self_attn.{name}_proj.bias"] = (rows,)
-            if c["model_type"] == "qwen3" and name != "v":
-                shapes[f"{layer}self_attn.{name}_norm.weight"] = (head,)
-        shapes[f"{layer}self_attn.o_proj.weight"] = (hidden, heads * head)
-        shapes[f"{layer}mlp.gate_proj.weight"] = shapes[f"{layer}mlp.up_proj.weight"] = (ffn, hidden)
-        shapes[f"{layer}mlp.down_proj.weight"] = (hidden, ffn)
-        shapes[f"{layer}input_layernorm.weight"] = shapes[f"{layer}post_attention_layernorm.weight"] = (hidden,)
-    shapes["model.norm.weight"] = (hidden,)
-    shapes["lm_head.weight"] = (c["vocab_size"], hidden)
-    return {name: TensorSpec("BF16", shape) for name, shape in shapes.items()}
+# Tens of thousands of experts' tensors take seconds.
+LARGEST = ("Qwen3-235B-A22B", "GLM-4.5", "DeepSeek-V3")
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in LARGEST)) for name in MODELS])
 def large(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, dict[str, TensorSpec]]:
     config = MODELS[request.param] | {"tie_word_embeddings": False, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
     parameters = config.pop("parameters")
@@ -109,8 +39,10 @@ def test_every_tensor_is_consumed_and_produced_both_ways(large: tuple[Any, dict[
     fused = megatron_specs(rules, specs, dtype=None)
     assert {key: spec.shape for key, spec in fused.items()} == global_shapes(source)
     assert not misfits(source, fused, megatron=True)
-    assert sum(spec.nbytes for spec in fused.values()) == sum(spec.nbytes for spec in specs.values())
-    layout = plan_checkpoint(fused, Path("there"))
+    copies = sum(specs[name].nbytes for rule in rules.values() for name in rule.copies)  # Megatron holds one for all
+    assert sum(spec.nbytes for spec in fused.values()) == sum(spec.nbytes for spec in specs.values()) - copies
+    stacks = [key for key, rule in rules.items() if rule.stack]
+    layout = plan_checkpoint(fused, Path("there"), stacks=stacks)
     assert layout.tensors.keys() == fused.keys()
     for key, stored in layout.tensors.items():
         stored.check(key)
@@ -125,24 +57,25 @@ def test_rows_go_there_and_back(large: tuple[Any, dict[str, TensorSpec]]) -> Non
         if last not in key or not rule.rows:
             continue
         total = sum(rule.rows)
-        origin = np.full((total, 2), -1)
+        parts, rows_of = np.full(total, -1), np.full(total, -1)
         for start in range(0, total, 1000):  # pieces that don't end where groups do
             for part, first, stop, target in rule.segments(start, min(start + 1000, total), rule.rows):
-                origin[start + target : start + target + stop - first] = [(part, row) for row in range(first, stop)]
-        assert (origin >= 0).all() and len(np.unique(origin, axis=0)) == total
+                place = slice(start + target, start + target + stop - first)
+                parts[place], rows_of[place] = part, np.arange(first, stop)
+        assert (parts >= 0).all() and len(np.unique(parts * total + rows_of)) == total
         for part, name in enumerate(rule.hf):
             rows = specs[name].shape[0]
             back = np.full(rows, -1)
             for start in range(0, rows, 777):
                 for first, stop, target in part_segments(rule, part, start, min(start + 777, rows)):
                     back[start + target : start + target + stop - first] = range(first, stop)
-            assert (origin[back, 0] == part).all() and (origin[back, 1] == np.arange(rows)).all()
+            assert (parts[back] == part).all() and (rows_of[back] == np.arange(rows)).all()
 
 
 def test_misfits_are_listed_whole(large: tuple[Any, dict[str, TensorSpec]]) -> None:
     source, specs = large
-    layers = source.config.num_hidden_layers
-    wrong = {name: spec for name, spec in specs.items() if not name.endswith("down_proj.weight")}
+    layers = sum(name.endswith("self_attn.o_proj.weight") for name in specs)
+    wrong = {name: spec for name, spec in specs.items() if not name.endswith("self_attn.o_proj.weight")}
     wrong |= {f"extra.{i}": TensorSpec("BF16", (1,)) for i in range(30)}
     wrong["model.norm.weight"] = TensorSpec("I64", (7,))
     found = misfits(source, wrong, megatron=False)
