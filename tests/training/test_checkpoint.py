@@ -41,6 +41,7 @@ SAME = [
     slow("DP2 PP2", "bf16", OptimizerSection()),
     slow("TP2", "bf16", OptimizerSection(distributed=False)),
     slow("DP2", "fp32", OptimizerSection(name="sgd", distributed=False)),
+    slow("CP2", "bf16", OptimizerSection()),
 ]
 
 
@@ -68,6 +69,8 @@ OTHER = [
     slow("DP2 PP2", True, "TP2", False),
     slow("DP2", True, "PP2 VPP2", True),
     slow("DP4", True, "TP2 DP2", True),
+    slow("CP2", True, "DP1", True),
+    slow("TP2", True, "CP2 DP2", True),
 ]
 
 

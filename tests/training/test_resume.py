@@ -161,12 +161,13 @@ def test_killed_and_resumed(
     assert checkpoints(tmp_path) == checkpoints(left_alone)
 
 
-def test_resumed_at_another_layout(recipe: Path, left_alone: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", ["pp", "cp"])
+def test_resumed_at_another_layout(recipe: Path, left_alone: Path, tmp_path: Path, size: str) -> None:
     for name in ("checkpoints/step-00000010", "metrics.jsonl"):
         target = tmp_path / name
         target.parent.mkdir(exist_ok=True)
         (shutil.copytree if (left_alone / name).is_dir() else shutil.copyfile)(left_alone / name, target)
-    assert train(arguments(recipe, tmp_path, "--parallel.pp", "2")) == 0
+    assert train(arguments(recipe, tmp_path, f"--parallel.{size}", "2")) == 0
     ours, theirs = numbers(tmp_path), numbers(left_alone)
     assert ours[:10] == theirs[:10] and [row[0] for row in ours] == [row[0] for row in theirs]
     assert ours[10:] != theirs[10:]  # it was computed again, in another order

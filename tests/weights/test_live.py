@@ -34,6 +34,7 @@ LAYOUTS = {
     "PP2xVPP2": ParallelSection(pp=2, vpp=2),
     "TP2xPP2": ParallelSection(tp=2, pp=2),
     "TP2xPP2xDP2": ParallelSection(tp=2, pp=2, dp=2),
+    "CP2xDP2": ParallelSection(cp=2, dp=2),
 }
 SMALL_FILES = 60_000  # bytes; the tiny models have 200,000 to 700,000
 slow = pytest.mark.slow
