@@ -31,6 +31,7 @@ class ModelSection(_Strict):
     init: Literal["pretrained", "random"] = "pretrained"  # random: only config.json is read (pretraining, benchmarks)
     overrides: dict[str, object] = field(default_factory=dict)  # config.json keys to change; needs init: random
     tokenizer: str | None = None  # folder with the tokenizer; default: model.path
+    mtp_loss_scale: float = 0.0  # weight of multi-token prediction's loss (0.1 is usual); 0: its layers are only kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,8 +175,8 @@ class RuntimeSection(_Strict):
 class MoeSection(_Strict):
     """For models with experts; for others every key must keep its default, which is what transformers computes.
 
-    A balance loss is added to the objective's for each layer: a mean over the global batch's real tokens, so padding and
-    masked labels don't change its weight. The kinds differ in the tokens whose choices are counted: aux_loss in a
+    A balance loss is added to the objective's for each layer: a mean over the global batch's real tokens, so padding
+    and masked labels don't change its weight. The kinds differ in the tokens whose choices are counted: aux_loss in a
     micro-batch (it depends on its size), seq_aux_loss in a row, global_aux_loss over all data parallel ranks and the
     step's micro-batches so far (it depends on their number). A capacity counts on each rank for itself, so a run with
     one depends on its layout. Nothing else here does.
@@ -183,8 +184,8 @@ class MoeSection(_Strict):
 
     aux_loss: Literal["none", "aux_loss", "seq_aux_loss", "global_aux_loss"] = "none"  # keeps loads even
     aux_loss_coeff: float = 0.0  # its weight; 0.001 to 0.01 are usual
-    z_loss_coeff: float = 0.0  # weight of mean logsumexp(router logits) squared, which keeps them small; 0.001 is usual
-    expert_bias_update_rate: float = 0.0  # a step's change of the correction bias (deepseek_v3, glm4_moe); 0.001 is usual
+    z_loss_coeff: float = 0.0  # weight of mean logsumexp(router logits)², which keeps them small; 0.001 is usual
+    expert_bias_update_rate: float = 0.0  # a step's change of the correction bias (deepseek_v3, glm4_moe); or 0.001
     router_dtype: Literal["fp32", "fp64"] = "fp32"  # of the router's logits
     capacity_factor: float | None = None  # tokens an expert takes, as a multiple of an even load; None: all
     drop_policy: Literal["probs", "position"] = "probs"  # beyond it: drop the least probable, or the last

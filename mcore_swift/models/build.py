@@ -22,6 +22,7 @@ from mcore_swift.platform import Platform
 from mcore_swift.recipe import MoeSection
 from mcore_swift.recipe_checks.table import refuse
 from mcore_swift.weights.rules import TensorRule
+from mcore_swift.weights.safetensors_io import SafetensorsFolder
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,7 @@ class ModelSource:
     family: Family
     tokenizer: Path  # the folder with the tokenizer; `folder` unless the recipe names another
     chat_template: Path | None = None  # a Jinja file in place of the tokenizer's own
+    mtp_loss_scale: float = 0.0  # weight of the loss of multi-token prediction; 0: its layers are kept as they are
 
     @property
     def vocab_size(self) -> int:
@@ -53,7 +55,17 @@ class ModelSource:
     @property
     def mtp_layers(self) -> int:
         """Layers of multi-token prediction, after those of the decoder."""
-        return self.config.num_nextn_predict_layers if self.family.mtp else 0
+        return getattr(self.config, "num_nextn_predict_layers", 0) if self.family.mtp else 0
+
+    def fields(self) -> dict[str, object]:
+        """TransformerConfig fields of the model. Layers of multi-token prediction are among them if they are trained.
+
+        Raises InputError for a config that isn't supported.
+        """
+        fields = self.family.read_config(self.config)
+        if self.mtp_loss_scale:
+            fields |= {"mtp_num_layers": self.mtp_layers, "mtp_loss_scaling_factor": self.mtp_loss_scale}
+        return fields
 
 
 def read_source(
@@ -62,6 +74,7 @@ def read_source(
     overrides: dict[str, object] | None = None,
     tokenizer: Path | None = None,
     chat_template: Path | None = None,
+    mtp_loss_scale: float = 0.0,
 ) -> ModelSource:
     """Reads `folder`/config.json. Raises InputError when it is missing, malformed, or of an unknown family."""
     path = folder / "config.json"
@@ -86,9 +99,25 @@ def read_source(
         config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())}") from None
-    return ModelSource(
-        folder=folder, raw=raw, config=config, family=family, tokenizer=tokenizer or folder, chat_template=chat_template
+    if family.mtp and getattr(config, "num_nextn_predict_layers", 0):
+        names = SafetensorsFolder.names(folder)
+        if names and not any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in names):
+            # transformers writes 1 here by default, and leaves the layer's tensors out.
+            raw["num_nextn_predict_layers"] = config.num_nextn_predict_layers = 0
+    source = ModelSource(
+        folder=folder,
+        raw=raw,
+        config=config,
+        family=family,
+        tokenizer=tokenizer or folder,
+        chat_template=chat_template,
+        mtp_loss_scale=mtp_loss_scale,
     )
+    if mtp_loss_scale and not source.mtp_layers:
+        raise InputError(
+            f"model.mtp_loss_scale: {mtp_loss_scale}, but {folder} has no multi-token prediction layers; leave it out"
+        )
+    return source
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:
@@ -109,7 +138,7 @@ def transformer_config(
 
     from mcore_swift.models.config import DecoderConfig, LatentDecoderConfig
 
-    fields = source.family.read_config(source.config) | source.family.megatron_fields()
+    fields = source.fields() | source.family.megatron_fields()
     fields |= {
         "tensor_model_parallel_size": plan.tp,
         "pipeline_model_parallel_size": plan.pp,
@@ -140,7 +169,7 @@ def transformer_config(
 
 def check_layout(source: ModelSource, plan: ParallelPlan) -> None:
     """Raises InputError when the layout does not fit the model. Needs neither Megatron nor a process group."""
-    fit = Fit(plan, source.family.read_config(source.config), family=source.family.name, folder=source.folder)
+    fit = Fit(plan, source.fields(), family=source.family.name, folder=source.folder)
     refuse(MODEL_RULES, fit)
 
 
@@ -149,11 +178,12 @@ def build_chunks(
 ) -> list[DecoderModel]:
     """This rank's model chunks (one, or vpp of them), on its device, in training mode, weights not loaded."""
     from mcore_swift.models.group_choice import rank_groups_by
-    from mcore_swift.models.layers import DecoderModel, decoder_spec
+    from mcore_swift.models.layers import DecoderModel, ahead_spec, decoder_spec
     from mcore_swift.models.marks import correct_marks
     from mcore_swift.models.windowed_rotary import set_windowed_rotary
 
     rotary, *windowed_rotary = (rope_frequencies(source.config, kind) for kind in rope_layer_types(source.config))
+    ahead = ahead_spec(config, platform, count=source.mtp_layers) if source.mtp_layers else None
     chunks = []
     for chunk in range(plan.vpp) if plan.vpp > 1 else (None,):
         first, last = parallel.chunk_ends(chunk)
@@ -167,12 +197,13 @@ def build_chunks(
             share_embeddings_and_output_weights=source.tied,
             position_embedding_type="rope",
             vp_stage=chunk,
+            ahead=ahead,
         )
         model.true_vocab_size = source.vocab_size
         model.set_rotary(*rotary)
-        correct_marks(model)
         for table in windowed_rotary:
             set_windowed_rotary(model, *table)
+        correct_marks(model)
         if source.family.group_rank is not None:
             rank_groups_by(model, source.family.group_rank)
         if platform.name == "cuda" and not config.init_model_with_meta_device:

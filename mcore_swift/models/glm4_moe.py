@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mcore_swift.models.family import DECODER_ROWS, Family, same
 from mcore_swift.models.sigmoid_routing import SIGMOID_ROUTING_ROWS
-from mcore_swift.weights.rules import ATTENTION, CORRECTION_BIAS, EMBEDDINGS, EXPERTS, GATED_MLP, shared_experts
+from mcore_swift.weights.rules import ATTENTION, CORRECTION_BIAS, EMBEDDINGS, EXPERTS, GATED_MLP, MTP, shared_experts
 
 GLM4_MOE = Family(
     name="glm4_moe",
@@ -23,6 +23,7 @@ GLM4_MOE = Family(
         *EXPERTS,
         CORRECTION_BIAS,
         *shared_experts("model.layers.{i}.mlp.shared_experts."),
+        *MTP,
     ),
     requires={"transformers": "4.54"},
 )

@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from megatron.core.models.common.embeddings import RotaryEmbedding
 from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
@@ -55,9 +54,10 @@ class LatentAttention(MLASelfAttention):
     """Megatron's MLA with three differences.
 
     The spec's modules are taken as they are: without a query latent, Megatron 0.19.2 would put a norm into the query
-    projection that no model has. The latents' norms have transformers' epsilon. And the gradient of the rotated keys,
-    of which each TP rank has only its own heads' share, is added up: without sequence parallelism, or with the
-    column-parallel projections of the CPU, Megatron drops the other ranks' shares.
+    projection that no model has. The latents' norms have transformers' epsilon. And where the projection to the latent
+    is column parallel, as it is on the CPU, the gradient of the rotated keys, of which each TP rank has only its own
+    heads' share, is added up: Megatron drops the other ranks' shares. (That needs sequence parallelism, which models
+    with experts can't be trained without.)
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -73,15 +73,9 @@ class LatentAttention(MLASelfAttention):
     def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """hidden_states [s (/ tp with SP), b, h] → latent of queries; that of keys and values, with rotated keys."""
         query, combined = super()._qkv_down_projection(hidden_states)
-        config, group = self.config, self.tp_group
-        latent, rotated = config.kv_lora_rank, config.qk_pos_emb_head_dim
-        if group.size() == 1:
-            return query, combined
-        if combined.size(-1) != latent + rotated:  # column parallel: each rank has some of the columns
-            combined = gather_from_tensor_model_parallel_region(combined, group=group)
-            if config.sequence_parallel:
-                combined = scatter_to_sequence_parallel_region(combined, group=group)
-        if not config.sequence_parallel:  # with it, the gather of the rotated keys adds up their gradient
-            keys_values, keys = combined.split([latent, rotated], dim=-1)
-            combined = torch.cat([keys_values, copy_to_tensor_model_parallel_region(keys, group=group)], dim=-1)
+        whole = self.config.kv_lora_rank + self.config.qk_pos_emb_head_dim
+        if combined.size(-1) != whole and self.config.sequence_parallel:
+            combined = gather_from_tensor_model_parallel_region(combined, group=self.tp_group)
+            # What follows then gathers the rotated keys from the sequence parallel ranks, which adds up in backward.
+            combined = scatter_to_sequence_parallel_region(combined, group=self.tp_group)
         return query, combined

@@ -12,17 +12,27 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_decoder_layer_specs,
+    get_gpt_layer_local_spec,
+)
 from megatron.core.transformer import ModuleSpec, TransformerConfig
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from torch import Tensor, nn
 
+from mcore_swift.models import mtp
 from mcore_swift.models.attention import TorchAttention
 from mcore_swift.models.config import DecoderConfig
 from mcore_swift.models.expert_bias import with_bias
+from mcore_swift.models.latent_attention import NORM_KEYS, LatentAttention, LatentRotary
 from mcore_swift.models.post_norm import add_post_norms
+from mcore_swift.models.router import with_router
 from mcore_swift.models.sinks import SinkAttention
 from mcore_swift.models.soft_cap import CappedAttention
 from mcore_swift.platform import Platform
@@ -67,40 +77,55 @@ def decoder_spec(
     """The decoder's layers for this config on this platform. `chunk`: the number of this rank's chunk, if several."""
     if platform.layers == "transformer_engine":
         spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=chunk)
-        layers = [_own_parts(replace(layer, module=FusedWgradLayer), config) for layer in spec.layer_specs or ()]
-        return replace(spec, layer_specs=layers)
+        return replace(spec, layer_specs=[_fused_layer(layer, config) for layer in spec.layer_specs or ()])
     kinds = [_torch_layer(config, moe=is_moe_layer(config, layer)) for layer in range(config.num_layers)]
     first = get_transformer_layer_offset(config, vp_stage=chunk)
     own = kinds[first : first + get_num_layers_to_build(config, vp_stage=chunk)]
     return TransformerBlockSubmodules(own, layer_norm=RMSNorm)
 
 
-def _own_parts(layer: ModuleSpec, config: DecoderConfig) -> ModuleSpec:
-    """Transformer Engine's layer with what the family has and Transformer Engine doesn't."""
-    if config.post_layernorm:
-        from megatron.core.extensions.transformer_engine import TENorm
+def ahead_spec(config: DecoderConfig, platform: Platform, *, count: int) -> MultiTokenPredictionBlockSubmodules:
+    """`count` layers of multi-token prediction, which are inside like the decoder's last layer."""
+    if platform.layers == "transformer_engine":
+        layers = cast(list[ModuleSpec], get_gpt_decoder_layer_specs(config, use_transformer_engine=True))
+        return mtp.block_spec(_fused_layer(layers[-1], config), count)
+    last = _torch_layer(config, moe=is_moe_layer(config, config.num_layers - 1))
+    return mtp.block_spec(last, count, norm=RMSNorm)
 
-        layer = add_post_norms(layer, config, cast(Any, TENorm))
+
+def _fused_layer(spec: ModuleSpec, config: DecoderConfig) -> ModuleSpec:
+    """Transformer Engine's layer, with what the family has and Transformer Engine doesn't."""
+    layer = cast(Any, spec.submodules)
+    if layer.self_attention.module is MLASelfAttention:
+        layer = replace(layer, self_attention=replace(layer.self_attention, module=LatentAttention))
     if config.attn_logit_softcapping is not None:
-        submodules = cast(Any, layer.submodules)
-        attention = submodules.self_attention
+        attention = layer.self_attention
         attention = replace(attention, submodules=replace(attention.submodules, core_attention=CappedAttention))
-        layer = replace(layer, submodules=replace(submodules, self_attention=attention))
-    return layer
+        layer = replace(layer, self_attention=attention)
+    spec = replace(spec, module=FusedWgradLayer, submodules=replace(layer, mlp=with_router(layer.mlp)))
+    return add_post_norms(spec, config, cast(Any, TENorm)) if config.post_layernorm else spec
 
 
 def _torch_layer(config: DecoderConfig, *, moe: bool) -> ModuleSpec:
     """Megatron's own plain-torch layer, with the norms and the attention above."""
+    latent = config.multi_latent_attention
     spec = get_gpt_layer_local_spec(
-        normalization="LayerNorm", qk_layernorm=config.qk_layernorm, num_experts=config.num_moe_experts if moe else None
+        normalization="LayerNorm",
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=latent,
+        num_experts=config.num_moe_experts if moe else None,
     )
     layer = cast(Any, spec.submodules)
     attention = layer.self_attention
     core = TorchAttention if config.softmax_type == "vanilla" else SinkAttention
     core = core if config.attn_logit_softcapping is None else CappedAttention
-    norms = {"q_layernorm": RMSNorm, "k_layernorm": RMSNorm} if config.qk_layernorm else {}
+    names = ("q_layernorm", "kv_layernorm" if latent else "k_layernorm")
+    norms = dict.fromkeys(names, RMSNorm) if config.qk_layernorm else {}
     attention = replace(attention, submodules=replace(attention.submodules, core_attention=core, **norms))
     keys = layer.sharded_state_dict_keys_map
+    if latent:
+        attention = replace(attention, module=LatentAttention)
+        keys = {**NORM_KEYS, "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
     if moe:  # Transformer Engine has the norm before experts as a module of its own: so have the global keys
         keys = {name: key for name, key in keys.items() if name != "pre_mlp_layernorm."}
     if moe and config.add_bias_linear:
@@ -110,6 +135,7 @@ def _torch_layer(config: DecoderConfig, *, moe: bool) -> ModuleSpec:
         input_layernorm=RMSNorm,
         self_attention=attention,
         pre_mlp_layernorm=RMSNorm,
+        mlp=with_router(layer.mlp),
         sharded_state_dict_keys_map=keys,
     )
     spec = replace(spec, submodules=layer)
@@ -134,13 +160,25 @@ class DecoderModel(GPTModel):
     """GPTModel whose loss leaves out vocabulary padding, with the family's own rotary frequencies.
 
     `true_vocab_size`: rows of the vocabulary that are real; the rest pads it to a multiple of the TP size.
+    `ahead`: layers of multi-token prediction, trained if the config has them, or else only kept on the last stage.
     """
 
     config: DecoderConfig
     true_vocab_size: int
 
-    def __init__(self, config: DecoderConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *args: Any,
+        ahead: MultiTokenPredictionBlockSubmodules | None = None,
+        vp_stage: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        trained = cast(Any, ahead if config.mtp_num_layers else None)
+        super().__init__(config, *args, vp_stage=vp_stage, mtp_block_spec=trained, **kwargs)
+        self.config = cast(DecoderConfig, mtp.with_layers(config, None))  # their loss is not left to GPTModel, see `_postprocess`
+        if ahead is not None and trained is None and self.post_process:
+            self.mtp = mtp.kept_block(config, ahead, chunk=vp_stage, groups=self.pg_collection)
         if config.embedding_scale is not None and hasattr(self, "embedding"):
             # transformers rounds the factor to the model's dtype first: √5376 becomes 73.5 in bf16.
             factor = torch.tensor(config.embedding_scale, dtype=config.params_dtype, device="cpu").item()
@@ -148,10 +186,34 @@ class DecoderModel(GPTModel):
 
     def set_rotary(self, frequencies: Tensor, factor: float) -> None:
         """Replaces the rotary frequencies; `factor` multiplies cos and sin (YaRN's attention factor)."""
+        ahead = [layer.mtp_model_layer for layer in self.mtp.layers] if self.mtp_process else []
+        attentions = [cast(Any, layer).self_attention for layer in (*self.decoder.layers, *ahead)]
+        if self.config.multi_latent_attention:
+            rotary = LatentRotary(frequencies, factor, self.pg_collection.cp)
+            for attention in attentions:
+                attention.rotary_pos_emb = rotary
+            return
         self.rotary_pos_emb.inv_freq = frequencies.to(self.rotary_pos_emb.inv_freq.device)
-        for layer in self.decoder.layers:
+        for attention in attentions:
             # Megatron derives this from YaRN-only config fields; transformers gives the number itself.
-            cast(Any, layer.self_attention)._yarn_concentration_factor = factor
+            attention._yarn_concentration_factor = factor
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """GPTModel's, with `padding_mask` (bool [b, s], true for padding) of the whole sequence at any stage."""
+        padding = kwargs.get("padding_mask")
+        if padding is not None and self.config.sequence_parallel and not self.pre_process:
+            # Megatron 0.19.2 takes a tensor parallel rank's part of it on the first stage only.
+            group = self.pg_collection.tp
+            kwargs["padding_mask"] = padding.chunk(group.size(), dim=1)[group.rank()]
+        return super().forward(input_ids, position_ids, attention_mask, *args, **kwargs)  # type: ignore[arg-type]
+
+    def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        if self.mtp_process and self.training and kwargs["labels"] is not None:
+            weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+            hidden_states = mtp.with_loss(self, hidden_states, output_weight=weight, **kwargs)
+        return super()._postprocess(hidden_states, **kwargs | {"mtp_in_postprocess": False})
 
     def _scale_logits(self, logits: Tensor) -> Tensor:
         """Where Megatron scales logits for µP, just after the output layer: soft-capping. [s, b, vocabulary / tp]."""

@@ -5,19 +5,38 @@ from __future__ import annotations
 import importlib.metadata
 
 from mcore_swift.errors import InputError, nearest
+from mcore_swift.models.deepseek_v2 import DEEPSEEK_V2
+from mcore_swift.models.deepseek_v3 import DEEPSEEK_V3
 from mcore_swift.models.family import Family
 from mcore_swift.models.gemma2 import GEMMA2
 from mcore_swift.models.gemma3 import GEMMA3
+from mcore_swift.models.glm4_moe import GLM4_MOE
 from mcore_swift.models.gpt_oss import GPT_OSS
 from mcore_swift.models.llama import LLAMA
 from mcore_swift.models.mistral import MISTRAL
+from mcore_swift.models.mixtral import MIXTRAL
 from mcore_swift.models.qwen2 import QWEN2
+from mcore_swift.models.qwen2_moe import QWEN2_MOE
 from mcore_swift.models.qwen3 import QWEN3
 from mcore_swift.models.qwen3_moe import QWEN3_MOE
 
 FAMILIES: dict[str, Family] = {
     model_type: family
-    for family in (GEMMA2, GEMMA3, GPT_OSS, LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE)
+    for family in (
+        DEEPSEEK_V2,
+        DEEPSEEK_V3,
+        GEMMA2,
+        GEMMA3,
+        GLM4_MOE,
+        GPT_OSS,
+        LLAMA,
+        MISTRAL,
+        MIXTRAL,
+        QWEN2,
+        QWEN2_MOE,
+        QWEN3,
+        QWEN3_MOE,
+    )
     for model_type in family.model_types
 }
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def pipeline_layout(source: ModelSource, plan: ParallelPlan) -> tuple[str, ...]:
     """The model's chunks at this layout, in the order a token meets them (see `mcore_swift.pipeline`)."""
-    fields = source.family.read_config(source.config)
+    fields = source.fields()
     return layout_of(
         plan.pipeline,
         pp=plan.pp,
@@ -55,6 +55,6 @@ def loss_cost(source: ModelSource) -> float:
 
 def megatron_layout(source: ModelSource, plan: ParallelPlan) -> str | None:
     """TransformerConfig.pipeline_model_parallel_layout; None where Megatron's own even split says the same."""
-    fields = source.family.read_config(source.config)
+    fields = source.fields()
     even = plan.pipeline.empty and not int(fields["num_layers"]) % (plan.pp * plan.vpp)  # type: ignore[call-overload]
     return None if plan.pp == 1 or even else "|".join(pipeline_layout(source, plan))

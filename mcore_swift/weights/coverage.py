@@ -53,7 +53,7 @@ def hf_misfits(
     `shapes`: global key → unpadded shape that the config asks for; without it only the rows of fused tensors are
     checked. `dtypes`: those that can be read. `ignored`: names that may be there for nothing.
     """
-    wanted = {name: (rule, part) for rule in rules.values() for part, name in enumerate(rule.hf)}
+    wanted = {name: (rule, part) for rule in rules.values() for part, name in rule.parts()}
     misfits = Misfits(
         missing=[name for name in wanted if name not in found],
         unexpected=[name for name in found if name not in wanted and name not in ignored],

@@ -165,8 +165,19 @@ def _load_shard(shard: Shard, rule: TensorRule, folder: io.SafetensorsFolder, *,
     for part, pieces in segments.items():
         low, high = min(p[0] for p in pieces), max(p[1] for p in pieces)  # contiguous: whole groups of one part
         block = _read_finite(folder, rule.hf[part], slice(low, high), *inner)
+        _check_copies(rule, block, folder, slice(low, high), *inner)
         for first, last, target in pieces:
             shard.data[target : target + last - first] = block[first - low : last - low]
+
+
+def _check_copies(rule: TensorRule, block: torch.Tensor, folder: io.SafetensorsFolder, *slices: slice) -> None:
+    """What Megatron holds once must be the same wherever the folder has it: which one counts is nobody's guess."""
+    for name in rule.copies:
+        if not bool((folder.read(name, *slices) == block).all()):
+            raise InputError(
+                f"{folder.folder}: tensor {name} differs from {rule.hf[0]}; Megatron-Core shares it with the layers of"
+                " multi-token prediction, so the two must be equal"
+            )
 
 
 def _read_finite(folder: io.SafetensorsFolder, name: str, *slices: slice) -> torch.Tensor:
@@ -211,6 +222,7 @@ def hf_specs(
         shape = (vocab_size, *shapes[key][1:]) if rule.vocabulary else shapes[key]
         for name, own in zip(rule.hf, rule.hf_shapes((rule.stack, *shape) if rule.stack else shape), strict=True):
             specs[name] = io.TensorSpec(dtype(name), own)
+        specs |= {name: io.TensorSpec(dtype(name), specs[rule.hf[0]].shape) for name in rule.copies}
     return specs
 
 
@@ -279,7 +291,7 @@ def _split(whole: torch.Tensor, rule: TensorRule, vocab_size: int) -> Iterator[t
         yield rule.hf[0], rule.pack(whole)
         return
     if not rule.rows:
-        yield rule.hf[0], whole[:vocab_size] if rule.vocabulary else whole
+        yield from ((name, whole[:vocab_size] if rule.vocabulary else whole) for _, name in rule.parts())
         return
     blocks = whole.reshape(rule.groups, -1, *whole.shape[1:]).split([rows // rule.groups for rows in rule.rows], dim=1)
     for name, block in zip(rule.hf, blocks, strict=True):

@@ -112,6 +112,13 @@ class SafetensorsFolder:
             if name not in self.entries or self.entries[name].file.name != file:
                 raise InputError(f"{index}: tensor {name} is listed in {file}, but it is not there")
 
+    @staticmethod
+    def names(folder: Path) -> set[str]:
+        """The names of a folder's tensors, from its index where it has one; none where it has no weights."""
+        if (folder / INDEX).is_file():
+            return set(_weight_map(folder / INDEX))
+        return set(read_header(folder / SINGLE)) if (folder / SINGLE).is_file() else set()
+
     def read(self, name: str, *slices: slice) -> torch.Tensor:
         """Reads `name`, or the part that `slices` (one for each leading axis) select; only those bytes are read."""
         from safetensors import safe_open

@@ -23,7 +23,7 @@ VERBS = {
 }
 
 KEYS = {
-    "model": "path init overrides tokenizer",
+    "model": "path init overrides tokenizer mtp_loss_scale",
     "data": "train validation validation_split format packing sequence_length too_long shuffle streaming cache_dir "
     "chat_template",
     "parallel": "tp pp vpp cp cp_comm_type hierarchical_cp ep etp dp sequence_parallel pipeline_layout "
@@ -35,6 +35,8 @@ KEYS = {
     "schedule": "steps epochs global_batch_size micro_batch_size learning_rate min_learning_rate warmup_steps decay "
     "decay_steps eval_interval eval_batches",
     "precision": "dtype fp8 fp8_format fp8_param_gather",
+    "moe": "aux_loss aux_loss_coeff z_loss_coeff expert_bias_update_rate router_dtype capacity_factor drop_policy "
+    "pad_to_capacity dispatcher grouped permute_fusion shared_expert_overlap",
     "checkpoint": "dir interval final keep asynchronous optimizer resume export overwrite",
     "logging": "interval tensorboard wandb_project wandb_name",
     "runtime": "device ranks seed threads recompute recompute_modules recompute_method "

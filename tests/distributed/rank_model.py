@@ -9,7 +9,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from mcore_swift.objectives.registry import OBJECTIVES
 from mcore_swift.recipe import (
     DataSection,
     ModelSection,
+    MoeSection,
     OptimizerSection,
     ParallelSection,
     PrecisionSection,
@@ -84,6 +84,7 @@ def recipe_for(
     optimizer: OptimizerSection | None = None,
     runtime: RuntimeSection | None = None,
     dtype: Literal["fp32", "bf16"] = "fp32",
+    moe: MoeSection | None = None,
 ) -> Recipe:
     """A recipe for the tiny model in `folder`. Clipping is on and always bites: its norm takes part in every step."""
     return Recipe(
@@ -96,6 +97,7 @@ def recipe_for(
         ),
         precision=PrecisionSection(dtype=dtype),
         runtime=runtime or RuntimeSection(device="cpu"),
+        moe=moe or MoeSection(),
     )
 
 
@@ -109,6 +111,7 @@ class Trained:
     rank_tokens: list[int]  # labels that count, by data parallel rank
     gradients: dict[str, torch.Tensor]  # of the first step, before clipping
     parameters: dict[str, torch.Tensor]  # after the last step
+    metrics: dict[str, float]  # of the first step
 
 
 def train(recipe: Recipe) -> Trained:
@@ -117,6 +120,7 @@ def train(recipe: Recipe) -> Trained:
     results = run_ranks(_train_rank, plan.world_size, recipe)
     for other in results[1:]:  # what is said to be the same on every rank is
         assert (other.losses, other.grad_norms) == (results[0].losses, results[0].grad_norms)
+        assert other.metrics == results[0].metrics
     return replace(
         results[0],
         gradients=merge([result.gradients for result in results]),
@@ -125,7 +129,7 @@ def train(recipe: Recipe) -> Trained:
 
 
 def merge(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The tensors of all ranks, each of which came from one rank, or one expert's slice of it from each: NAME[EXPERT]."""
+    """The tensors of all ranks: each came from one rank, or one expert's slice of it from each rank: NAME[EXPERT]."""
     found = {name: tensor for part in parts for name, tensor in part.items()}
     assert len(found) == sum(map(len, parts)), "a tensor came from two ranks"
     slices: dict[str, dict[int, torch.Tensor]] = {}
@@ -160,7 +164,8 @@ def open_model(recipe: Recipe) -> Any:
     plan = parallel.resolve(recipe.parallel, world_size=int(os.environ["WORLD_SIZE"]))
     platform = prepared()
     parallel.initialize(plan, platform, seed=1)
-    return setup.build(recipe, read_source(Path(recipe.model.path)), plan, platform)
+    source = read_source(Path(recipe.model.path), mtp_loss_scale=recipe.model.mtp_loss_scale)
+    return setup.build(recipe, source, plan, platform)
 
 
 def _train_rank(recipe: Recipe) -> Trained:
@@ -182,6 +187,7 @@ def _train_rank(recipe: Recipe) -> Trained:
         rank_tokens=_over_dp_ranks(sum(int(batch.loss_mask.sum()) for batch in batches)),
         gradients=gradients,
         parameters=dict(hf_copies(model, lambda parameter: parameter.data)),
+        metrics=results[0].metrics,
     )
 
 
@@ -192,7 +198,7 @@ def gradients_of_first_step(model: Any) -> dict[str, torch.Tensor]:
 
     def look_and_step() -> Any:
         gather_gradient_shards(model.models)
-        found.update(hf_copies(model, attrgetter("main_grad")))
+        found.update(hf_copies(model, lambda parameter: getattr(parameter, "main_grad", None)))  # buffers have none
         model.optimizer.step = take_step
         return take_step()
 
@@ -200,7 +206,7 @@ def gradients_of_first_step(model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-def hf_copies(model: Any, value: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def hf_copies(model: Any, value: Callable[[torch.Tensor], torch.Tensor | None]) -> Iterator[tuple[str, torch.Tensor]]:
     """Copies of what `value` gives for each parameter, under Hugging Face names; each from one rank of the job."""
     from mcore_swift.weights import live
 
@@ -310,4 +316,6 @@ def _transformers_gradients(folder: Path) -> tuple[float, dict[str, torch.Tensor
         model.save_pretrained(place)
         (file,) = Path(place).glob("*.safetensors")
         gradients = load_file(file)
+    for name, _ in model.named_buffers():  # saved like parameters, but not trained
+        gradients.pop(name, None)
     return float(total / count), gradients

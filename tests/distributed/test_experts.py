@@ -29,10 +29,16 @@ LAYOUTS = {
     "EP2xPP2xVPP2": ParallelSection(ep=2, pp=2, vpp=2, dp=2),
     "EP2xTP2xPP2": ParallelSection(ep=2, tp=2, pp=2, dp=2),
     "EP2xTP2xETP1xPP2": ParallelSection(ep=2, tp=2, etp=1, pp=2, dp=2),
+    "EP2xCP2": ParallelSection(ep=2, cp=2),
+    "EP2xTP2xCP2": ParallelSection(ep=2, tp=2, cp=2, dp=2),
+    "EP4xPP2": ParallelSection(ep=4, pp=2, dp=4),
 }
-FAMILIES = ("qwen3-moe",)
+FAMILIES = ("qwen3-moe", "mixtral", "qwen2-moe", "glm4-moe", "deepseek-v2", "deepseek-v2-lite", "deepseek-v3")
 QUICK = {("qwen3-moe", "EP2")}
 SLOW = {("qwen3-moe", layout) for layout in ("EP2xTP2", "EP2xTP2xETP1", "EP2xDP4", "EP2xPP2xVPP2")}
+SLOW |= {("deepseek-v3", "EP2xTP2"), ("deepseek-v2", "EP2xPP2")}
+
+SLOW |= {("mixtral", "EP2xTP2"), ("qwen2-moe", "EP2xTP2xETP1"), ("glm4-moe", "EP2xPP2"), ("glm4-moe", "EP2xCP2")}
 
 
 def case(variant: str, layout: str) -> Any:

@@ -6,10 +6,13 @@ those, attention is nearly uniform and every norm 1, and a wrong permutation or 
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.distributed.tiny_mtp import add_mtp
 
 COMMON: dict[str, Any] = {
     "hidden_size": 64,
@@ -32,6 +35,19 @@ def _rope(kind: str, **values: float) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 1000.0, **values}}
 
 
+# Multi-latent attention and experts as DeepSeek's models have them.
+DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 40,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 20,
+    "n_routed_experts": 8,
+    "moe_intermediate_size": 36,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
 GEMMA: dict[str, Any] = {
     "head_dim": 24,
     "query_pre_attn_scalar": 20,
@@ -40,7 +56,6 @@ GEMMA: dict[str, Any] = {
     "tie_word_embeddings": True,
     "pad_token_id": None,
 }
-
 
 # name → (model_type, what differs from COMMON)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -88,6 +103,63 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_only_layers": [1],
         },
     ),
+    "mixtral": (
+        "mixtral",
+        {"head_dim": 24, "vocab_size": 101, "num_local_experts": 8, "num_experts_per_tok": 3, "sliding_window": None},
+    ),
+    "mixtral-window": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5}),
+    "qwen2-moe": (
+        "qwen2_moe",
+        {
+            "vocab_size": 101,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 56,
+            "mlp_only_layers": [2],
+        },
+    ),
+    "qwen2-moe-every-second": (
+        "qwen2_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 40,
+            "shared_expert_intermediate_size": 56,
+            "decoder_sparse_step": 2,
+            "norm_topk_prob": True,
+            "qkv_bias": False,
+        },
+    ),
+    "glm4-moe": (
+        "glm4_moe",
+        {
+            "head_dim": 24,
+            "vocab_size": 101,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 40,
+            "n_shared_experts": 2,
+            "routed_scaling_factor": 1.7,
+            "first_k_dense_replace": 1,
+            "use_qk_norm": True,
+            "attention_bias": True,
+            "num_mtp_layers": 0,
+        },
+    ),
+    "glm4-moe-groups": (
+        "glm4_moe",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 4,
+            "n_group": 4,
+            "topk_group": 2,
+            "moe_intermediate_size": 40,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 2,
+            "num_mtp_layers": 0,
+        },
+    ),
     "gpt-oss": (
         "gpt_oss",
         {
@@ -98,6 +170,35 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_experts_per_tok": 3,
             "sliding_window": 5,
             **_rope("yarn", factor=4.0, original_max_position_embeddings=16, truncate=False),
+        },
+    ),
+    "deepseek-v2": (
+        "deepseek_v2",  # V2's choice among groups, which Megatron makes otherwise
+        {
+            **DEEPSEEK,
+            "num_experts_per_tok": 4,
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 4.0,
+            **_rope("yarn", factor=4.0, original_max_position_embeddings=16, mscale=0.707, mscale_all_dim=0.707),
+        },
+    ),
+    "deepseek-v2-lite": (
+        "deepseek_v2",
+        {**DEEPSEEK, "q_lora_rank": None, "num_experts_per_tok": 3, "vocab_size": 101},
+    ),
+    "deepseek-v3": (
+        "deepseek_v3",
+        {
+            **DEEPSEEK,
+            "vocab_size": 101,
+            "num_experts_per_tok": 4,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 2.5,
+            "num_nextn_predict_layers": 2,
+            **_rope("yarn", factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=0.8),
         },
     ),
     "gemma2": ("gemma2", GEMMA | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
@@ -142,7 +243,8 @@ def tiny_config(variant: str, **changes: Any) -> Any:
     from transformers import AutoConfig
 
     model_type, differences = VARIANTS[variant]
-    return AutoConfig.for_model(model_type, **(COMMON | differences | changes))
+    values = deepcopy(COMMON | differences | changes)  # some configs change the mappings they are given
+    return AutoConfig.for_model(model_type, **values)
 
 
 def tiny_model(variant: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
@@ -157,11 +259,17 @@ def tiny_model(variant: str, *, dtype: torch.dtype = torch.float32, **changes: A
             values = torch.randn(parameter.shape, generator=generator)
             scale = next((scale for part, scale in SCALES.items() if name.endswith(part)), 0.15)
             parameter.copy_(unit + 0.3 * values if "norm" in name else scale * values)
+        for name, buffer in model.named_buffers():  # not a parameter, but a tensor of the folder
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     return model.to(dtype).eval()
 
 
 def tiny_folder(folder: Path, variant: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """Saves the tiny model in `folder`, which is returned; a folder that is already there is used as it is."""
     if not (folder / "config.json").exists():
-        tiny_model(variant, dtype=dtype, **changes).save_pretrained(folder)
+        model = tiny_model(variant, dtype=dtype, **changes)
+        model.save_pretrained(folder)
+        if getattr(model.config, "num_nextn_predict_layers", 0):
+            add_mtp(folder, model)
     return folder
