@@ -86,14 +86,6 @@ EXPERT_RULES: list[Row[ExpertFit]] = [
         "false with parallel.tp {r.plan.tp}: experts are sent each token once, so ranks must not hold the same ones",
         "leave it out",
     ),
-    Row(
-        "parallel.ep",
-        "not one rank for each expert-parallel part, counted within a pipeline stage",
-        lambda r: r.experts is not None and (r.plan.tp * r.plan.cp * r.plan.dp) % (r.plan.ep * r.plan.etp),
-        "ep {r.plan.ep} × etp {r.plan.etp} ranks do not divide a pipeline stage's tp {r.plan.tp} × cp {r.plan.cp} × dp"
-        " {r.plan.dp}",
-        "lower one, or raise dp",
-    ),
 ]
 
 

@@ -63,9 +63,9 @@ JOB: list[Row[Job]] = [
         "leave parallel.dp out, or change the number of ranks",
     ),
     Row(
-        "parallel.ep",
+        "parallel.ep parallel.etp",
         "ep × etp that does not divide the tp × cp × dp ranks of a pipeline stage",
-        lambda r: r.parallel.ep > 1 and r.stage_ranks % r.expert_ranks,
+        lambda r: (r.parallel.ep > 1 or r.parallel.etp is not None) and r.stage_ranks % r.expert_ranks,
         "ep {r.parallel.ep} × etp {r.etp} = {r.expert_ranks} ranks do not divide the {r.stage_ranks} ranks"
         " of a pipeline stage (tp {r.parallel.tp} × cp {r.parallel.cp} × dp {r.dp})",
         "lower ep or etp, or use more ranks",

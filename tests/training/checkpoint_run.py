@@ -90,7 +90,13 @@ class Run:
 
         model = model_items(self.model.models)
         items = [*model.tensors(), *optimizer_items(self.model.optimizer, model.parts)]
-        return [(i.key, tuple(i.global_shape), tuple(i.global_offset), i.data.clone()) for i in items]  # type: ignore[union-attr]
+        found = []
+        for item in items:
+            shape, data = tuple(item.global_shape), item.data  # one expert has no axis for its place in the stack
+            assert data is not None
+            data = data.reshape([1] * (len(shape) - data.dim()) + list(data.shape)).clone()
+            found.append((item.key, shape, tuple(item.global_offset), data))
+        return found
 
 
 def assemble(ranks: list[list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]]) -> Global:
