@@ -73,7 +73,6 @@ class DataSection(_Strict):
     cache_dir: str | None = None  # tokenized cache; default: $MCORE_SWIFT_CACHE or ~/.cache/mcore_swift
     chat_template: str | None = None  # a Jinja file to use instead of the tokenizer's own
 
-
     @property
     def fixed_length(self) -> bool:
         """Whether all micro-batches have the same length; otherwise rows are padded to the longest of each."""

@@ -176,7 +176,7 @@ class DecoderModel(GPTModel):
     ) -> None:
         trained = cast(Any, ahead if config.mtp_num_layers else None)
         super().__init__(config, *args, vp_stage=vp_stage, mtp_block_spec=trained, **kwargs)
-        self.config = cast(DecoderConfig, mtp.with_layers(config, None))  # their loss is not left to GPTModel, see `_postprocess`
+        self.config = mtp.with_layers(config, None)  # their loss is not left to GPTModel, see `_postprocess`
         if ahead is not None and trained is None and self.post_process:
             self.mtp = mtp.kept_block(config, ahead, chunk=vp_stage, groups=self.pg_collection)
         if config.embedding_scale is not None and hasattr(self, "embedding"):
