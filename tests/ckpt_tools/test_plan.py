@@ -17,7 +17,6 @@ from mcore_swift.models.keys import global_shapes, weight_rules
 from mcore_swift.weights.safetensors_io import TensorSpec
 from tests.ckpt_tools.real_shapes import MODELS, model_tensors
 
-
 # Tens of thousands of experts' tensors take seconds.
 LARGEST = ("Qwen3-235B-A22B", "GLM-4.5", "DeepSeek-V3")
 
