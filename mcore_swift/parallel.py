@@ -6,7 +6,7 @@ The only module that uses `megatron.core.parallel_state`: the rest asks for the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
@@ -221,6 +221,18 @@ def expert_weight_groups() -> tuple[ProcessGroup, ProcessGroup]:
         cast(Any, parallel_state.get_expert_tensor_parallel_group()),
         cast(Any, parallel_state.get_expert_data_parallel_group()),
     )
+
+
+def union_over_model(mine: Mapping[str, Any]) -> dict[str, Any]:
+    """What the ranks of one model say together: pipeline stages and expert ranks have parts of their own."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    for group in (pp_group(), parallel_state.get_expert_model_parallel_group()):
+        every: list[Any] = [None] * dist.get_world_size(cast(Any, group))
+        dist.all_gather_object(every, mine, group=cast(Any, group))
+        mine = {key: value for part in every for key, value in part.items()}
+    return dict(mine)
 
 
 def on_first_rank(action: Callable[[], None]) -> None:

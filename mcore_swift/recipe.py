@@ -85,6 +85,21 @@ class ObjectiveSection(_Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AdapterSection(_Strict):
+    name: Literal["none", "lora"] = "none"  # lora: the model is frozen, low-rank matrices beside its layers are trained
+    path: str | None = None  # a PEFT folder to go on from; it decides rank, alpha, targets, rslora and dora
+    targets: list[str] = field(default_factory=lambda: ["attention", "mlp"])  # also experts, all-linear, q_proj, globs
+    rank: int = 16  # inner size of each pair of matrices
+    alpha: float = 32.0  # what they add is multiplied by alpha / rank
+    dropout: float = 0.0  # on their inputs (0 ≤ x < 1)
+    rslora: bool = False  # multiply by alpha / √rank instead
+    dora: bool = False  # train the length of the weights' rows apart from their direction
+    init: Literal["default", "pissa"] = "default"  # pissa: start with the weights' largest singular values
+    learning_rate_ratio: float = 1.0  # LoRA+: learning rate of the B matrices over that of the A matrices
+    merge: bool = True  # DIR/hf holds the model with its adapters merged; DIR/adapter the adapters alone
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerSection(_Strict):
     name: Literal["adam", "sgd", "muon"] = "adam"  # adam is AdamW; muon: matrices by Muon, everything else by adam
     weight_decay: float = 0.1  # not applied to biases and norms
@@ -201,6 +216,7 @@ class Recipe(_Strict):
     data: DataSection  # on what
     parallel: ParallelSection = field(default_factory=ParallelSection)  # how ranks share the model
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)  # what is minimized
+    adapter: AdapterSection = field(default_factory=AdapterSection)  # what is trained beside the frozen model
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)  # how parameters are updated
     schedule: ScheduleSection = field(default_factory=ScheduleSection)  # how long, in what batches, at which rate
     precision: PrecisionSection = field(default_factory=PrecisionSection)  # number formats

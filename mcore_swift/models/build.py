@@ -200,6 +200,7 @@ def build_chunks(
             ahead=ahead,
         )
         model.true_vocab_size = source.vocab_size
+        model.tensor_rules = tensor_rules(source, config)
         model.set_rotary(*rotary)
         for table in windowed_rotary:
             set_windowed_rotary(model, *table)

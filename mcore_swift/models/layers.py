@@ -7,6 +7,7 @@ HybridModel: that change is this file's alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
 from typing import Any, cast
@@ -36,7 +37,7 @@ from mcore_swift.models.router import with_router
 from mcore_swift.models.sinks import SinkAttention
 from mcore_swift.models.soft_cap import CappedAttention
 from mcore_swift.platform import Platform
-from mcore_swift.weights.rules import is_moe_layer
+from mcore_swift.weights.rules import TensorRule, is_moe_layer
 
 
 class RMSNorm(nn.RMSNorm):
@@ -161,10 +162,12 @@ class DecoderModel(GPTModel):
 
     `true_vocab_size`: rows of the vocabulary that are real; the rest pads it to a multiple of the TP size.
     `ahead`: layers of multi-token prediction, trained if the config has them, or else only kept on the last stage.
+    `tensor_rules`: what its tensors are made of under Hugging Face names.
     """
 
     config: DecoderConfig
     true_vocab_size: int
+    tensor_rules: Mapping[str, TensorRule]
 
     def __init__(
         self,

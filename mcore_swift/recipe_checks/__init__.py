@@ -10,6 +10,7 @@ from operator import attrgetter
 
 from mcore_swift.errors import InputError
 from mcore_swift.recipe import Recipe
+from mcore_swift.recipe_checks.adapter import ADAPTER
 from mcore_swift.recipe_checks.bounds import BOUNDS
 from mcore_swift.recipe_checks.data import DATA
 from mcore_swift.recipe_checks.layout import LAYOUT
@@ -31,6 +32,7 @@ RECIPE_RULES: list[Row[Recipe]] = [
     *LEVERS,
     *OPTIMIZER,
     *EXPERTS,
+    *ADAPTER,
     *OUTPUTS,
 ]
 

@@ -14,7 +14,7 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], str]] = [
         "parallel.first_stage_layers parallel.last_stage_layers "
         "schedule.steps schedule.global_batch_size schedule.micro_batch_size schedule.decay_steps "
         "schedule.eval_batches logging.interval runtime.ranks runtime.threads runtime.recompute_layers "
-        "optimizer.muon_steps",
+        "optimizer.muon_steps adapter.rank",
     ),
     (
         "at least 0",
@@ -28,14 +28,19 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "greater than 0",
         lambda x: x > 0,
-        "moe.capacity_factor optimizer.muon_extra_scale optimizer.eps schedule.epochs schedule.learning_rate",
+        "adapter.alpha adapter.learning_rate_ratio moe.capacity_factor optimizer.muon_extra_scale optimizer.eps "
+        "schedule.epochs schedule.learning_rate",
     ),
     (
         "at least 0 and less than 1",
         lambda x: 0 <= x < 1,
-        "data.validation_split optimizer.beta1 optimizer.beta2 optimizer.muon_momentum",
+        "data.validation_split optimizer.beta1 optimizer.beta2 optimizer.muon_momentum adapter.dropout",
     ),
     ("between 0 and 2147483647", lambda x: 0 <= x < 2**31, "runtime.seed"),
     ("steps counted from 1", lambda x: min(x, default=1) >= 1, "runtime.profile_steps"),
-    ("a path, not an empty text", bool, "model.path model.tokenizer data.chat_template data.cache_dir checkpoint.dir"),
+    (
+        "a path, not an empty text",
+        bool,
+        "model.path model.tokenizer data.chat_template data.cache_dir checkpoint.dir adapter.path",
+    ),
 ]

@@ -7,7 +7,7 @@ What the wrapper and the optimizer are told is made by functions of the recipe a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mcore_swift.parallel import ParallelPlan
 from mcore_swift.recipe import OptimizerSection, Recipe
@@ -147,12 +147,16 @@ def muon_fields(section: OptimizerSection) -> dict[str, Any]:
 def build_optimizer(models: Sequence[DistributedDataParallel], recipe: Recipe, *, bf16: bool) -> MegatronOptimizer:
     """Megatron's optimizer (fp32 master weights under bf16). Biases and norms are not decayed."""
     import torch.distributed as dist
-    from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.core.optimizer import get_megatron_optimizer, get_standard_config_overrides
+    from megatron.core.optimizer.optimizer_config import ParamKey
 
     overlap = models[0].ddp_config.overlap_param_gather
     config = optimizer_config(recipe, bf16=bf16, overlap_param_gather=overlap)
     gloo = dist.get_backend() == "gloo"  # on GPUs NCCL serves, and a thousand ranks save a set of groups
-    return get_megatron_optimizer(config, list(models), use_gloo_process_groups=gloo)  # type: ignore[arg-type]
+    overrides = get_standard_config_overrides(config)
+    if recipe.adapter.learning_rate_ratio != 1:  # LoRA+ (Hayou et al. 2024, arXiv:2402.12354)
+        overrides[ParamKey(name="*.lora_B.*")] = cast(Any, {"lr_mult": recipe.adapter.learning_rate_ratio})
+    return get_megatron_optimizer(config, list(models), overrides, use_gloo_process_groups=gloo)  # type: ignore[arg-type]
 
 
 def set_learning_rate(optimizer: Any, learning_rate: float, weight_decay: float) -> None:

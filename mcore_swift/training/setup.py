@@ -14,7 +14,7 @@ from mcore_swift.models.sizes import decoder_shape
 from mcore_swift.parallel import ParallelPlan
 from mcore_swift.platform import Platform
 from mcore_swift.recipe import Recipe
-from mcore_swift.training import checkpoint, levers
+from mcore_swift.training import adapters, checkpoint, levers
 from mcore_swift.training.optimizer import build_optimizer, wrap_chunks
 from mcore_swift.weights import live
 from mcore_swift.weights.hf_folder import dtype_of
@@ -76,6 +76,7 @@ def build(recipe: Recipe, source: ModelSource, plan: ParallelPlan, platform: Pla
     rules = tensor_rules(source, config)
     entries = load_weights(recipe, source, chunks, rules)
     num_parameters = _count(rules, chunks, source)
+    adapters.prepare(recipe, chunks, rules)
     models = wrap_chunks(chunks, config, recipe, plan, overlap=overlap)
     optimizer = build_optimizer(models, recipe, bf16=dtype == torch.bfloat16)
     connect(config, models, optimizer)

@@ -26,7 +26,7 @@ from mcore_swift.platform import Platform
 from mcore_swift.recipe import Recipe
 from mcore_swift.recipe_checks.job import Batches
 from mcore_swift.recipe_io import dump_recipe
-from mcore_swift.training import setup
+from mcore_swift.training import adapters, setup
 from mcore_swift.training.callbacks import Callback, RunEnd, RunInfo, StepRecord, build_callbacks
 from mcore_swift.training.checkpoint import CheckpointManager, TrainState
 from mcore_swift.training.checkpoint_folder import checkpoint_step
@@ -156,7 +156,7 @@ class Trainer:
         finally:
             hf = (
                 self.run_dir / "hf"
-                if self.run_dir and outcome == "finished" and self.recipe.checkpoint.export
+                if self.run_dir and outcome == "finished" and adapters.exports_model(self.recipe)
                 else None
             )
             self._tell("on_end", self._end(outcome, hf))
@@ -200,7 +200,7 @@ class Trainer:
             self._save()
         self._finish_saves()
         if self.run_dir and recipe.checkpoint.export:
-            self._export(self.run_dir / "hf")
+            self._export(self.run_dir)
 
     def _step(self) -> None:
         begin = time.perf_counter()
@@ -273,7 +273,10 @@ class Trainer:
 
     def _export(self, folder: Path) -> None:
         self.model.sync_parameters()
-        export(self.model.chunks, self.model.rules, self.source, folder, dtype=self.model.export_dtype)
+        if self.recipe.adapter.name != "none":
+            adapters.write(self.recipe, self.model, folder)
+            return
+        export(self.model.chunks, self.model.rules, self.source, folder / "hf", dtype=self.model.export_dtype)
 
     # --- reporting ----------------------------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from mcore_swift import parallel
 from mcore_swift.errors import InputError, nearest
-from mcore_swift.weights.live import sharded_state
+from mcore_swift.weights.live import ADAPTERS, sharded_state
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -65,7 +65,10 @@ def model_items(chunks: Sequence[Module]) -> ModelItems:
     objects = []
     for chunk in chunks:
         chunk = getattr(chunk, "module", chunk)
+        adapted = hasattr(chunk, "adapters")  # then the model itself is frozen, and stays where it came from
         for name, item in sharded_state(chunk).items():
+            if adapted and not item.key.startswith(ADAPTERS):
+                continue
             if isinstance(item, ShardedObject):
                 objects.append((chunk, name, item))
                 continue

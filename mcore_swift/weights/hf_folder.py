@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from mcore_swift.weights import safetensors_io as io
 from mcore_swift.weights.rules import TensorRule
 
 if TYPE_CHECKING:
+    import torch
     from torch.nn import Module
 
     from mcore_swift.models.build import ModelSource
@@ -67,8 +69,25 @@ def export(
     *,
     dtype: Callable[[str], str],
     max_shard_bytes: int = 5 * 10**9,
+    value: Callable[[torch.Tensor], torch.Tensor] = lambda parameter: parameter.data,
 ) -> None:
-    """Writes a complete Hugging Face folder, all ranks together; `destination` appears or is replaced when it is whole.
+    """Writes a complete Hugging Face folder, all ranks together, as `published` does; the rest as `live.save`."""
+    with published(destination) as partial:
+        parallel.on_first_rank(lambda: copy_metadata(source, partial, dtype=dtype("model.embed_tokens.weight")))
+        live.save(
+            chunks,
+            rules,
+            partial,
+            vocab_size=source.vocab_size,
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+            value=value,
+        )
+
+
+@contextlib.contextmanager
+def published(destination: Path) -> Iterator[Path]:
+    """A folder to write into, shared by all ranks: `destination` appears, or is replaced, when the block is done.
 
     Raises InputError when the disk is full or the place not writable; nothing is left then but what was there before.
     """
@@ -77,7 +96,6 @@ def export(
     def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        copy_metadata(source, partial, dtype=dtype("model.embed_tokens.weight"))
 
     def commit() -> None:
         old = destination.with_name(f".{destination.name}.old")
@@ -89,7 +107,7 @@ def export(
 
     try:
         parallel.on_first_rank(begin)
-        live.save(chunks, rules, partial, vocab_size=source.vocab_size, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        yield partial
         parallel.on_first_rank(commit)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)

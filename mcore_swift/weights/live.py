@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+ADAPTERS = "adapters."  # how the global keys of adapters begin
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers that old Hugging Face folders carry
 
 
@@ -66,8 +67,8 @@ def local_shards(
     shards = []
     for chunk in chunks:
         for item in sharded_state(chunk).values():
-            if not isinstance(item, ShardedTensor | ShardedTensorFactory):
-                continue  # Transformer Engine's extra state
+            if not isinstance(item, ShardedTensor | ShardedTensorFactory) or item.key.startswith(ADAPTERS):
+                continue  # Transformer Engine's extra state, and what is no part of the model itself
             assert item.data is not None
             data = value(item.data)
             if data is None:
@@ -260,13 +261,13 @@ def hf_tensors(
         if number % copies != dist.get_rank(replicas):
             continue
         owner = (number // copies) % dist.get_world_size(group)
-        whole = _gather(shards, owner, group)
+        whole = gather(shards, owner, group)
         if whole is not None:
             rule = rule_of(shards[0], rules)
             yield from ((name, tensor, rule.expert) for name, tensor in _split(whole, rule, vocab_size))
 
 
-def _gather(shards: list[Shard], owner: int, group: dist.ProcessGroup) -> torch.Tensor | None:
+def gather(shards: list[Shard], owner: int, group: dist.ProcessGroup) -> torch.Tensor | None:
     """Puts a global tensor together on TP rank `owner`; None elsewhere."""
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     shape = shards[0].global_shape
@@ -306,16 +307,18 @@ def save(
     vocab_size: int,
     dtype: Callable[[str], str],
     max_shard_bytes: int = 5 * 10**9,
+    value: Callable[[torch.Tensor], torch.Tensor] = lambda parameter: parameter.data,
 ) -> None:
     """Writes the model's weights as safetensors into `folder` (there, empty, shared by all ranks), all ranks together.
 
-    `dtype` gives each Hugging Face tensor's dtype in safetensors' naming. A full disk raises OSError on all ranks.
+    `dtype` gives each Hugging Face tensor's dtype in safetensors' naming; `value` the tensor that stands for a
+    parameter. A full disk raises OSError on all ranks.
     """
     specs = hf_specs(rules, global_shapes(chunks), vocab_size=vocab_size, dtype=dtype)
     plan = io.plan_output(specs, max_shard_bytes=max_shard_bytes)
     parallel.on_first_rank(lambda: io.create_files(folder, plan))
     error: OSError | None = None
-    for name, tensor, expert in hf_tensors(chunks, rules, vocab_size=vocab_size):
+    for name, tensor, expert in hf_tensors(chunks, rules, vocab_size=vocab_size, value=value):
         try:
             if error is None:
                 io.write_tensor(folder, plan, name, tensor.to(DTYPES[specs[name].dtype]), index=expert)

@@ -92,7 +92,8 @@ class SafetensorsFolder:
     Raises InputError for a folder without safetensors, a missing file, and an index that disagrees with its files.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, single: str = SINGLE) -> None:
+        """`single`: what the file is called when there is only one."""
         self.folder = folder
         self.bytes_read = 0
         self._handles: dict[Path, Any] = {}
@@ -100,11 +101,11 @@ class SafetensorsFolder:
         if index.is_file():
             weight_map = _weight_map(index)
             files = [folder / name for name in dict.fromkeys(weight_map.values())]
-        elif (folder / SINGLE).is_file():
-            weight_map, files = {}, [folder / SINGLE]
+        elif (folder / single).is_file():
+            weight_map, files = {}, [folder / single]
         else:
             raise InputError(
-                f"{folder}: no {SINGLE} and no {INDEX}; weights are read from safetensors only"
+                f"{folder}: no {single} and no {INDEX}; weights are read from safetensors only"
                 " (pickled .bin files could execute code: convert them first)"
             )
         self.entries = {name: entry for file in files for name, entry in read_header(file).items()}
@@ -173,10 +174,15 @@ class OutputPlan:
         return sum(self.sizes.values())
 
 
-def plan_output(tensors: Mapping[str, TensorSpec], *, max_shard_bytes: int = 5 * 10**9) -> OutputPlan:
-    """Spreads tensors over files of at most `max_shard_bytes` (a larger tensor has a file of its own), in order."""
+def plan_output(
+    tensors: Mapping[str, TensorSpec], *, max_shard_bytes: float = 5 * 10**9, single: str = SINGLE
+) -> OutputPlan:
+    """Spreads tensors over files of at most `max_shard_bytes` (a larger tensor has a file of its own), in order.
+
+    `single`: what the file is called when there is only one.
+    """
     shards: list[list[str]] = []
-    room = 0
+    room = 0.0
     for name, spec in tensors.items():
         if not shards or spec.nbytes > room:
             shards.append([])
@@ -187,7 +193,7 @@ def plan_output(tensors: Mapping[str, TensorSpec], *, max_shard_bytes: int = 5 *
     places: dict[str, tuple[str, int]] = {}
     sizes: dict[str, int] = {}
     for number, names in enumerate(shards, 1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = single if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         files[file], offsets, sizes[file] = _header({name: tensors[name] for name in names})
         places |= {name: (file, offset) for name, offset in offsets.items()}
     index = None

@@ -24,6 +24,7 @@ from mcore_swift.data.shape import LoaderShape
 from mcore_swift.models.build import read_source
 from mcore_swift.objectives.registry import OBJECTIVES
 from mcore_swift.recipe import (
+    AdapterSection,
     DataSection,
     ModelSection,
     MoeSection,
@@ -85,12 +86,14 @@ def recipe_for(
     runtime: RuntimeSection | None = None,
     dtype: Literal["fp32", "bf16"] = "fp32",
     moe: MoeSection | None = None,
+    adapter: AdapterSection | None = None,
 ) -> Recipe:
     """A recipe for the tiny model in `folder`. Clipping is on and always bites: its norm takes part in every step."""
     return Recipe(
         model=ModelSection(path=str(folder)),
         data=DataSection(train=[], packing=packing, sequence_length=SEQUENCE_LENGTH),
         parallel=layout or ParallelSection(),
+        adapter=adapter or AdapterSection(),
         optimizer=optimizer or OptimizerSection(clip_grad=0.1),
         schedule=ScheduleSection(
             steps=STEPS, global_batch_size=8, micro_batch_size=micro_batch_size, learning_rate=learning_rate

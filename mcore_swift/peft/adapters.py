@@ -1,0 +1,125 @@
+"""All adapters of a model chunk: hung on its linear layers, and known to its checkpoints under Hugging Face names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mcore_swift import parallel
+from mcore_swift.errors import InputError
+from mcore_swift.peft.lora import LoraBranch, LoraSettings
+from mcore_swift.peft.sites import Site, find_sites
+from mcore_swift.peft.targets import select
+from mcore_swift.weights.live import ADAPTERS
+from mcore_swift.weights.rules import TensorRule
+
+
+@dataclass(frozen=True)
+class AdapterTensor:
+    """This rank's shard of one of an adapter's tensors. `name`: MODULE.lora_A.weight, as PEFT has it."""
+
+    name: str
+    parameter: nn.Parameter
+    split: int | None  # the axis that `size` ranks share out; this one is number `rank`
+    size: int
+    rank: int
+    expert: bool
+    start: torch.Tensor | None = None  # PiSSA: what the parameter started with
+
+    @property
+    def whole_size(self) -> int:
+        """Elements of the whole tensor."""
+        return self.parameter.numel() * (self.size if self.split is not None else 1)
+
+
+class Adapters(nn.Module):
+    """The adapters of one model chunk, by the numbers of the layers that they hang on."""
+
+    def __init__(self, branches: Sequence[LoraBranch]) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def tensors(self) -> Iterator[AdapterTensor]:
+        for branch in self.branches:
+            site: Site = branch.site  # type: ignore[assignment]
+            for part in branch.parts:  # type: ignore[union-attr]
+                start = branch.start.get(part.leaf, (None, None, None))  # type: ignore[union-attr]
+                for (kind, split, parameter), first in zip(_of_part(branch, part.leaf, site), start, strict=False):  # type: ignore[arg-type]
+                    name = f"{part.name}.{kind}"
+                    yield AdapterTensor(name, parameter, split, site.size, site.rank, site.expert, first)
+
+    def merged(self) -> dict[int, Callable[[], torch.Tensor]]:
+        """id of a layer's weight → what gives that weight with its adapters in it."""
+        return {id(branch.site.weight): branch.merged for branch in self.branches}  # type: ignore[union-attr, misc]
+
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Megatron's description of the shards, under global keys that don't depend on the layout."""
+        from megatron.core.dist_checkpointing import ShardedTensor
+
+        found = {}
+        for tensor in self.tensors():
+            group, replicas = parallel.expert_weight_groups() if tensor.expert else parallel.weight_groups()
+            place = [(tensor.split, tensor.rank, tensor.size)] if tensor.split is not None and tensor.size > 1 else []
+            copy = 0 if place else dist.get_rank(group)
+            found[prefix + tensor.name] = ShardedTensor.from_rank_offsets(
+                ADAPTERS + tensor.name, tensor.parameter, *place, replica_id=(0, copy, dist.get_rank(replicas))
+            )
+        return found
+
+
+def _of_part(branch: LoraBranch, leaf: str, site: Site) -> Iterator[tuple[str, int | None, nn.Parameter]]:
+    """PEFT's name, the axis that is shared out, and the parameter, of each tensor of one adapted module."""
+    yield "lora_A.weight", 1 if site.split == "columns" else None, branch.lora_A[leaf]
+    rows = 0 if site.split == "rows" else None
+    yield "lora_B.weight", rows, branch.lora_B[leaf]
+    if leaf in branch.magnitude:
+        yield "lora_magnitude_vector", rows, branch.magnitude[leaf]
+
+
+def attach(
+    chunks: Sequence[Any], rules: Mapping[str, TensorRule], targets: Sequence[str], settings: LoraSettings
+) -> list[str]:
+    """Freezes the model and hangs adapters on what `targets` name; returns those modules' names.
+
+    Called on all ranks, with the weights loaded and before Megatron's DDP wraps the chunks. Raises InputError for a
+    target that matches nothing, and a rank that is larger than a layer.
+    """
+    names = select(targets, rules)
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+        branches = []
+        for site in find_sites(chunk, rules):
+            parts = [part for part in site.parts if part.name in set(names)]
+            if not parts:
+                continue
+            _check_rank(settings.rank, site)
+            group = (parallel.expert_weight_groups() if site.expert else parallel.weight_groups())[0]
+            sequence_parallel = chunk.config.sequence_parallel
+            branches.append(LoraBranch(site, parts, settings, group=group, sequence_parallel=sequence_parallel))
+        chunk.adapters = Adapters(branches)
+        _make_first_activation_differentiable(chunk)
+    return names
+
+
+def _check_rank(rank: int, site: Site) -> None:
+    for part in site.parts:
+        if rank > min(part.rows, site.in_features):
+            raise InputError(
+                f"adapter.rank: {rank} is larger than {part.name}, which is [{part.rows}, {site.in_features}];"
+                f" allowed: 1 to {min(part.rows, site.in_features)}"
+            )
+
+
+def _make_first_activation_differentiable(chunk: Any) -> None:
+    """A recomputed layer whose inputs need no gradient gets none, and neither would the adapters in it."""
+
+    def needs_gradient(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.requires_grad_(torch.is_grad_enabled()) if output.is_leaf else output
+
+    if getattr(chunk, "embedding", None) is not None and chunk.pre_process:
+        chunk.embedding.register_forward_hook(needs_gradient)

@@ -1,0 +1,220 @@
+"""Adapters from and to PEFT's folders: adapter_config.json and adapter_model.safetensors, at any layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mcore_swift import parallel
+from mcore_swift.errors import InputError, nearest
+from mcore_swift.peft.adapters import AdapterTensor
+from mcore_swift.peft.lora import LoraSettings
+from mcore_swift.peft.targets import linear_modules
+from mcore_swift.weights import live
+from mcore_swift.weights import safetensors_io as io
+from mcore_swift.weights.hf_folder import published
+from mcore_swift.weights.rules import TensorRule
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# What a folder may say of each of these; anything else would be another computation than the one done here.
+_ONLY: dict[str, tuple[object, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "modules_to_save": (None, []),
+    "layers_to_transform": (None,),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "target_parameters": (None, []),
+    "use_qalora": (False,),
+    "lora_bias": (False,),
+    "alora_invocation_tokens": (None,),
+    "trainable_token_indices": (None,),
+    "layer_replication": (None,),
+}
+
+
+def tensors_of(chunks: Sequence[Any]) -> list[AdapterTensor]:
+    """This rank's adapters, in model order."""
+    return [tensor for chunk in chunks for tensor in chunk.adapters.tensors()]
+
+
+def whole_tensors(
+    chunks: Sequence[Any], *, value: Callable[[torch.Tensor], torch.Tensor] = lambda parameter: parameter.data
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Whole tensors of the adapters, by PEFT's names without their prefix; each from one rank of the job, on the CPU.
+
+    A collective call. `value` gives what stands for a parameter: its data, or its gradient.
+    """
+    for number, tensor in enumerate(tensors_of(chunks)):
+        group, replicas = parallel.expert_weight_groups() if tensor.expert else parallel.weight_groups()
+        copies = dist.get_world_size(replicas)
+        if number % copies == dist.get_rank(replicas):
+            owner = (number // copies) % dist.get_world_size(group)
+            whole = live.gather([_shard(tensor, value(tensor.parameter))], owner, group)
+            if whole is not None:
+                yield tensor.name, whole
+
+
+def _shard(tensor: AdapterTensor, data: torch.Tensor) -> live.Shard:
+    shape, offset = list(data.shape), [0] * data.dim()
+    if tensor.split is not None:
+        offset[tensor.split] = tensor.rank * shape[tensor.split]
+        shape[tensor.split] *= tensor.size
+    return live.Shard(tensor.name, None, tuple(shape), tuple(offset), data, main=True)
+
+
+# --- writing ----------------------------------------------------------------------------------------------------------
+
+
+def save(
+    chunks: Sequence[Any], rules: Mapping[str, TensorRule], folder: Path, settings: LoraSettings, *, base: str
+) -> None:
+    """Writes the adapters as a PEFT folder, all ranks together; it appears, or is replaced, when it is whole.
+
+    `base`: the base model's name or folder, for adapter_config.json. Raises InputError as `published` does.
+    """
+    dtypes = {torch.float32: "F32", torch.bfloat16: "BF16"}
+    change = _change(chunks)
+    tensors = tensors_of(chunks)
+    mine = {t.name: (dtypes[t.parameter.dtype], _shard(t, change(t.parameter)).global_shape) for t in tensors}
+    if settings.pissa:
+        settings = replace(settings, rank=2 * settings.rank, alpha=settings.scaling * 2 * settings.rank, rslora=False)
+    shapes = parallel.union_over_model(mine)
+    specs = {PREFIX + name: io.TensorSpec(dtype, shape) for name, (dtype, shape) in sorted(shapes.items())}
+    plan = io.plan_output(specs, max_shard_bytes=float("inf"), single=WEIGHTS)
+    config = peft_config([name.rsplit(".lora_", 1)[0] for name in shapes], rules, settings, base=base)
+    with published(folder) as partial:
+        parallel.on_first_rank(lambda: _begin(partial, plan, config))
+        error: OSError | None = None
+        for name, tensor in whole_tensors(chunks, value=change):
+            try:
+                if error is None:
+                    io.write_tensor(partial, plan, PREFIX + name, tensor)
+            except OSError as problem:  # the others are waiting in the next gather: go on, and raise together
+                error = problem
+        parallel.raise_together(error)
+
+
+def _change(chunks: Sequence[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What stands for a parameter in a folder. After PiSSA, whose base model has changed too, it is the difference to
+    the start, B A − B₀ A₀ = [B, −B₀] [A; A₀], which fits the base model as it was, at twice the rank."""
+    starts = {id(t.parameter): (t.start, t.name.endswith("lora_A.weight")) for t in tensors_of(chunks)}
+
+    def value(parameter: torch.Tensor) -> torch.Tensor:
+        start, is_a = starts[id(parameter)]
+        if start is None:
+            return parameter.data
+        return torch.cat([parameter.data, start]) if is_a else torch.cat([parameter.data, -start], dim=1)
+
+    return value
+
+
+def _begin(folder: Path, plan: io.OutputPlan, config: dict[str, object]) -> None:
+    io.create_files(folder, plan)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2))
+
+
+def peft_config(
+    modules: Sequence[str], rules: Mapping[str, TensorRule], settings: LoraSettings, *, base: str
+) -> dict[str, object]:
+    """adapter_config.json. A kind of module that is adapted in every layer is named once."""
+    adapted, every = set(modules), list(linear_modules(rules))
+    leaves = {name.rsplit(".", 1)[-1] for name in adapted}
+    whole = {leaf for leaf in leaves if all(name in adapted for name in every if name.rsplit(".", 1)[-1] == leaf)}
+    single = {name for name in adapted if name.rsplit(".", 1)[-1] not in whole}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "use_rslora": settings.rslora,
+        "use_dora": settings.dora,
+        "target_modules": sorted(whole | single),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_settings(folder: Path) -> tuple[LoraSettings, list[str]]:
+    """The settings of a PEFT folder, and the modules that it has adapters for.
+
+    Raises InputError for a folder that is none, and for what it asks for that is not done here.
+    """
+    path = folder / CONFIG
+    if not path.is_file() or not (folder / WEIGHTS).is_file():
+        raise InputError(f"adapter.path: {folder} is no PEFT folder; {CONFIG} and {WEIGHTS} are needed")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not valid JSON: line {error.lineno}: {error.msg}") from None
+    for key, allowed in _ONLY.items():
+        if key in config and config[key] not in allowed:
+            raise InputError(f"{path}: {key}: {config[key]!r} is not supported; allowed: {allowed[0]!r}")
+    missing = [key for key in ("r", "lora_alpha") if key not in config]
+    if missing:
+        raise InputError(f"{path}: {missing[0]} is missing")
+    settings = LoraSettings(
+        rank=config["r"],
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout", 0.0),
+        rslora=config.get("use_rslora", False),
+        dora=config.get("use_dora", False),
+    )
+    entries = io.SafetensorsFolder(folder, single=WEIGHTS).entries
+    return settings, list(dict.fromkeys(name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in entries))
+
+
+def load(chunks: Sequence[Any], folder: Path) -> None:
+    """Fills the adapters from a PEFT folder; each rank reads its own shards.
+
+    Raises InputError, on all ranks, for tensors that are missing, left over, mis-shaped or not finite.
+    """
+    file = io.SafetensorsFolder(folder, single=WEIGHTS)
+    error: InputError | None = None
+    try:
+        wanted = parallel.union_over_model({t.name: 0 for t in tensors_of(chunks)})
+        extra = [name for name in file.entries if name.removeprefix(PREFIX) not in wanted]
+        if extra:
+            raise InputError(
+                f"{folder / WEIGHTS}: {extra[0]} belongs to no adapted layer of this model."
+                f"{nearest(extra[0].removeprefix(PREFIX), list(wanted))}"
+            )
+        for tensor in tensors_of(chunks):
+            _fill(tensor, file, folder / WEIGHTS)
+    except InputError as problem:
+        error = problem
+    parallel.raise_together(error)
+
+
+@torch.no_grad()
+def _fill(tensor: AdapterTensor, file: io.SafetensorsFolder, path: Path) -> None:
+    name = PREFIX + tensor.name
+    shard = _shard(tensor, tensor.parameter)
+    if name not in file.entries:
+        raise InputError(f"{path}: {name} is missing")
+    if tuple(file.entries[name].shape) != shard.global_shape:
+        raise InputError(
+            f"{path}: {name} has shape {list(file.entries[name].shape)}, this model and rank need"
+            f" {list(shard.global_shape)}: is it another base model's?"
+        )
+    place = [slice(first, first + n) for first, n in zip(shard.offset, tensor.parameter.shape, strict=True)]
+    values = file.read(name, *place)
+    if not bool(torch.isfinite(values).all()):
+        raise InputError(f"{path}: tensor {name} has NaN or infinite values")
+    tensor.parameter.copy_(values)

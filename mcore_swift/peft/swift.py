@@ -1,0 +1,111 @@
+"""Adapters from Python, for programs that build a Megatron model with this library and train it with their own loop.
+
+    from mcore_swift import LoRAConfig, Swift
+
+    model = Swift.prepare_model(model, LoRAConfig(rank=8, target_modules=["q_proj", "v_proj"]))
+    Swift.print_trainable_parameters(model)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from rich import print
+
+from mcore_swift import parallel
+from mcore_swift.peft import adapters, peft_folder
+from mcore_swift.peft.lora import LoraSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """As the recipe's adapter section; `target_modules` are Hugging Face names, groups such as attention, or globs."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    target_modules: Sequence[str] = ("attention", "mlp")
+    dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+    init: str = "default"  # or pissa
+    seed: int = 1234
+
+    def settings(self) -> LoraSettings:
+        """Raises ValueError for a value that is out of bounds."""
+        for name, holds, bound in (
+            ("rank", self.rank >= 1, "at least 1"),
+            ("alpha", self.alpha > 0, "greater than 0"),
+            ("dropout", 0 <= self.dropout < 1, "at least 0 and less than 1"),
+            ("init", self.init in ("default", "pissa"), "default or pissa"),
+        ):
+            if not holds:
+                raise ValueError(f"LoRAConfig.{name}: found {getattr(self, name)!r}; it must be {bound}")
+        return LoraSettings(
+            rank=self.rank,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            rslora=self.use_rslora,
+            dora=self.use_dora,
+            pissa=self.init == "pissa",
+            seed=self.seed,
+        )
+
+
+class Swift:
+    """`model` is what `models.build.build_chunks` gave: a chunk, or the list of this rank's chunks."""
+
+    @staticmethod
+    def prepare_model[Model](model: Model, config: LoRAConfig) -> Model:
+        """Freezes the model, whose weights must be loaded, and hangs adapters on it. Called by all ranks.
+
+        Raises InputError (a ValueError) for a target that matches nothing or a rank that is larger than a layer.
+        """
+        chunks = _chunks(model)
+        adapters.attach(chunks, chunks[0].tensor_rules, list(config.target_modules), config.settings())
+        return model
+
+    @staticmethod
+    def from_pretrained[Model](model: Model, folder: str | Path) -> Model:
+        """Hangs the adapters of a PEFT folder on the model. Called by all ranks; raises as `prepare_model` does."""
+        chunks = _chunks(model)
+        settings, targets = peft_folder.read_settings(Path(folder))
+        adapters.attach(chunks, chunks[0].tensor_rules, targets, settings)
+        peft_folder.load(chunks, Path(folder))
+        return model
+
+    @staticmethod
+    def save_pretrained(model: Any, folder: str | Path, config: LoRAConfig, *, base: str) -> None:
+        """Writes the adapters as a PEFT folder, all ranks together. `base`: the base model's name."""
+        chunks = _chunks(model)
+        peft_folder.save(chunks, chunks[0].tensor_rules, Path(folder), config.settings(), base=base)
+
+    @staticmethod
+    def print_trainable_parameters(model: Any) -> None:
+        """Prints, on the first rank, how many parameters are trained of how many. Called by all ranks."""
+        trained, every = count_parameters(_chunks(model))
+        if dist.get_rank() == 0:
+            print(f"trainable parameters: {trained:,} of {every:,} ({trained / every:.4%})")
+
+
+def count_parameters(chunks: Sequence[Any]) -> tuple[int, int]:
+    """Parameters of the adapters, and of the model with them, over all ranks; each counted once."""
+    from mcore_swift.weights import live
+
+    sizes = parallel.union_over_model({t.name: t.whole_size for t in peft_folder.tensors_of(chunks)})
+    trained = sum(sizes.values())
+    first = chunks[0]
+    shapes = live.global_shapes(chunks)
+    specs = live.hf_specs(first.tensor_rules, shapes, vocab_size=first.true_vocab_size, dtype=lambda name: "U8")
+    return trained, trained + sum(spec.nbytes for spec in specs.values())
+
+
+def _chunks(model: Any) -> list[Any]:
+    chunks = list(model) if isinstance(model, Sequence) else [model]
+    for chunk in chunks:
+        if not hasattr(chunk, "tensor_rules"):
+            raise ValueError(f"{type(chunk).__name__} was not built by mcore_swift.models.build.build_chunks")
+    return chunks

@@ -1,0 +1,114 @@
+"""Targets in Hugging Face names; what matches nothing, and what a PEFT folder may not ask for, is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mcore_swift.errors import InputError
+from mcore_swift.models.build import read_source
+from mcore_swift.models.keys import weight_rules
+from mcore_swift.peft.targets import select
+from tests.distributed.tiny_models import tiny_config
+
+
+@pytest.fixture(scope="module")
+def rules(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    def of(variant: str) -> Any:
+        folder = tmp_path_factory.mktemp(variant)
+        tiny_config(variant).save_pretrained(folder)
+        return weight_rules(read_source(folder))
+
+    return {variant: of(variant) for variant in ("qwen3", "qwen3-moe")}
+
+
+@pytest.mark.parametrize(
+    ("variant", "targets", "count"),
+    [
+        ("qwen3", ["q_proj"], 4),
+        ("qwen3", ["attention"], 16),
+        ("qwen3", ["mlp", "up_proj"], 12),
+        ("qwen3", ["all-linear"], 28),
+        ("qwen3", ["model.layers.[01].*.q_proj", "model.layers.3.mlp.*"], 5),
+        ("qwen3-moe", ["experts"], 3 * 8 * 3),  # layer 1 is dense
+        ("qwen3-moe", ["mlp"], 3),
+        ("qwen3-moe", ["gate_proj"], 3 * 8 + 1),
+        ("qwen3-moe", ["model.layers.0.mlp.experts.5.*"], 3),
+    ],
+)
+def test_select(rules: Any, variant: str, targets: list[str], count: int) -> None:
+    found = select(targets, rules[variant])
+    assert len(found) == len(set(found)) == count
+
+
+@pytest.mark.parametrize(
+    ("variant", "target", "message"),
+    [
+        ("qwen3", "qproj", r"'qproj' matches no linear layer .*q_proj"),
+        ("qwen3", "linear_qkv", r"'linear_qkv' matches no linear layer .*allowed: attention, mlp, experts, all-linear"),
+        ("qwen3", "experts", r"'experts' matches no linear layer"),
+        ("qwen3", "model.layers.7.*", r"'model.layers.7.\*' matches no linear layer"),
+        ("qwen3", "lm_head", r"'lm_head' matches no linear layer"),
+        ("qwen3-moe", "gate", r"'gate' matches no linear layer"),
+    ],
+)
+def test_a_target_that_matches_nothing(rules: Any, variant: str, target: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        select(["attention", target], rules[variant])
+
+
+GOOD = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+
+
+def folder_with(folder: Path, config: dict[str, Any]) -> Path:
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({name: torch.ones(4, 8)}, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_settings_of_a_folder(tmp_path: Path) -> None:
+    from mcore_swift.peft.peft_folder import read_settings
+
+    settings, modules = read_settings(folder_with(tmp_path, GOOD | {"use_rslora": True, "lora_dropout": 0.1}))
+    assert (settings.rank, settings.alpha, settings.dropout, settings.scaling) == (4, 8, 0.1, 4.0)
+    assert modules == ["model.layers.0.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "IA3"}, r"peft_type: 'IA3' is not supported; allowed: 'LORA'"),
+        ({"bias": "all"}, r"bias: 'all' is not supported"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save: \['lm_head'\] is not supported"),
+        ({"rank_pattern": {"q_proj": 8}}, r"rank_pattern: .* is not supported"),
+        ({"alpha_pattern": {"q_proj": 8}}, r"alpha_pattern: .* is not supported"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, r"target_parameters: .* is not supported"),
+        ({"fan_in_fan_out": True}, r"fan_in_fan_out: True is not supported; allowed: False"),
+        ({"lora_bias": True}, r"lora_bias: True is not supported"),
+    ],
+)
+def test_what_a_folder_may_not_ask_for(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    from mcore_swift.peft.peft_folder import read_settings
+
+    with pytest.raises(InputError, match=rf"adapter_config\.json: {message}"):
+        read_settings(folder_with(tmp_path, GOOD | changes))
+
+
+def test_a_folder_that_is_none(tmp_path: Path) -> None:
+    from mcore_swift.peft.peft_folder import read_settings
+
+    with pytest.raises(InputError, match=r"is no PEFT folder; adapter_config\.json and adapter_model\.safetensors"):
+        read_settings(tmp_path)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(InputError, match="not valid JSON: line 1"):
+        read_settings(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
+    with pytest.raises(InputError, match="lora_alpha is missing"):
+        read_settings(tmp_path)
