@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -120,7 +120,7 @@ class LoraBranch(nn.Module):
         from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
         if self.site.split == "columns" or self.sequence_parallel or self.site.expert:  # each rank has its own part
-            with get_cuda_rng_tracker().fork():
+            with cast(Any, get_cuda_rng_tracker()).fork():
                 return nn.functional.dropout(inputs, self.settings.dropout)
         return nn.functional.dropout(inputs, self.settings.dropout)
 

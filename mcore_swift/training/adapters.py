@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mcore_swift.recipe import AdapterSection, Recipe
 from mcore_swift.weights.rules import TensorRule
@@ -57,7 +57,8 @@ def write(recipe: Recipe, model: TrainingModel, run_dir: Path) -> None:
     base = str(model.source.folder)
     peft_folder.save(model.chunks, model.rules, run_dir / "adapter", settings, base=base)
     if recipe.adapter.merge:
-        merged = {key: value for chunk in model.chunks for key, value in chunk.adapters.merged().items()}
+        adapted: list[Any] = list(model.chunks)
+        merged = {key: value for chunk in adapted for key, value in chunk.adapters.merged().items()}
 
         def value(parameter: torch.Tensor) -> torch.Tensor:
             return merged[id(parameter)]() if id(parameter) in merged else parameter.data
