@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mcore_swift.recipe import MoeSection, Recipe
+from mcore_swift.recipe_checks.levers import recomputes
 from mcore_swift.recipe_checks.table import Row
 
 EXPERTS: list[Row[Recipe]] = [
@@ -61,6 +62,27 @@ EXPERTS: list[Row[Recipe]] = [
         lambda r: r.moe.shared_expert_overlap and r.moe.dispatcher == "allgather",
         "shared experts run between the two exchanges of alltoall or flex, found allgather",
         "use another dispatcher, or leave it out",
+    ),
+    Row(
+        "moe.shared_expert_overlap",
+        "true, with runtime.ep_overlap: true",
+        lambda r: r.moe.shared_expert_overlap and r.runtime.ep_overlap,
+        "runtime.ep_overlap hides the exchange behind another micro-batch already",
+        "leave one of them out",
+    ),
+    Row(
+        "moe.shared_expert_overlap",
+        "true, with shared_experts recomputed",
+        lambda r: r.moe.shared_expert_overlap and recomputes(r, "shared_experts"),
+        "shared experts that run inside the exchange can't be recomputed by themselves",
+        "leave it out, or take shared_experts out of runtime.recompute_modules",
+    ),
+    Row(
+        "moe.dispatcher",
+        "allgather, with runtime.ep_overlap: true",
+        lambda r: r.moe.dispatcher == "allgather" and r.runtime.ep_overlap,
+        "runtime.ep_overlap splits the exchange of alltoall or flex, found allgather",
+        "use another dispatcher, or leave runtime.ep_overlap out",
     ),
     *(
         Row(

@@ -7,7 +7,7 @@ then differ from one rank's. That the same case passes without the fault is what
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from mcore_swift.data.batch import MicroBatch
 from mcore_swift.objectives.objective import Loss
 from mcore_swift.objectives.registry import OBJECTIVES
 from mcore_swift.objectives.sft import sft
-from mcore_swift.recipe import ParallelSection
+from mcore_swift.recipe import MoeSection, ParallelSection
 from tests.distributed.harness import prepared
 from tests.distributed.rank_model import Trained, recipe_for, train
 from tests.distributed.test_layouts import assert_same_run
@@ -35,6 +35,7 @@ class Fault:
     layout: ParallelSection
     variant: str = "qwen2-tied"
     packing: bool = True
+    moe: MoeSection = field(default_factory=MoeSection)
 
 
 # --- context parallelism ----------------------------------------------------------------------------------------------
@@ -142,8 +143,65 @@ def no_boundaries_on_middle_stages(patch: Patch) -> None:
     patch.setattr(step, "packed_params", wrong)
 
 
+# --- experts ----------------------------------------------------------------------------------------------------------
+
+
+def aux_loss_scaled_by_ep(patch: Patch) -> None:
+    from megatron.core import parallel_state
+
+    from mcore_swift.models.router import Router
+
+    right = Router.get_aux_loss_coeff
+
+    def wrong(self: Any, kind: str) -> float:
+        return right(self, kind) * parallel_state.get_expert_model_parallel_world_size()
+
+    patch.setattr(Router, "get_aux_loss_coeff", wrong)
+
+
+def expert_gradients_of_the_wrong_group(patch: Patch) -> None:
+    """They are averaged over all data parallel ranks, which hold other experts, like the dense ones' gradients."""
+    import torch.distributed as dist
+    from megatron.core.distributed import DistributedDataParallel
+
+    from mcore_swift import parallel
+
+    right = DistributedDataParallel.finish_grad_sync
+
+    def wrong(self: Any, *args: Any, **kwargs: Any) -> None:
+        right(self, *args, **kwargs)
+        for buffer in self.expert_parallel_buffers:
+            dist.all_reduce(buffer.grad_data, group=parallel.dp_group())
+            buffer.grad_data /= dist.get_world_size(parallel.dp_group())
+
+    patch.setattr(DistributedDataParallel, "finish_grad_sync", wrong)
+
+
+def experts_in_another_order_on_rank_1(patch: Patch) -> None:
+    """On the second expert parallel rank each expert gets its neighbour's tokens."""
+    from megatron.core.transformer.moe.experts import SequentialMLP
+
+    right = SequentialMLP.forward
+
+    def wrong(self: Any, *args: Any) -> Any:
+        own = self.local_experts
+        if self.ep_group.rank() == 1:
+            self.local_experts = torch.nn.ModuleList([*own[1:], own[0]])
+        try:
+            return right(self, *args)
+        finally:
+            self.local_experts = own
+
+    patch.setattr(SequentialMLP, "forward", wrong)
+
+
+EP2 = ParallelSection(ep=2, dp=2)
+BALANCED = MoeSection(aux_loss="aux_loss", aux_loss_coeff=0.01)
 CP2 = ParallelSection(cp=2)
 FAULTS = {
+    "aux loss scaled by EP": Fault(aux_loss_scaled_by_ep, EP2, "qwen3-moe", moe=BALANCED),
+    "expert gradients of the wrong group": Fault(expert_gradients_of_the_wrong_group, EP2, "qwen3-moe"),
+    "experts in another order on rank 1": Fault(experts_in_another_order_on_rank_1, EP2, "qwen3-moe"),
     "cu_seqlens not sent to middle stages": Fault(no_boundaries_on_middle_stages, ParallelSection(pp=4)),
     "CP loss summed twice": Fault(loss_summed_twice, CP2),
     "RoPE offset on CP rank 1, packed": Fault(rotary_offset_on_rank_1_packed, CP2),
@@ -155,29 +213,31 @@ FAULTS = {
 }
 
 
+Runs = Callable[[Fault], tuple[Path, Trained]]
+
+
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Trained]]:
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """A variant's folder and its run on one rank, without any fault."""
     place, found = tmp_path_factory.mktemp("models"), {}
 
-    def run(variant: str) -> tuple[Path, Trained]:
-        if variant not in found:
-            folder = tiny_folder(place / variant, variant)
-            found[variant] = folder, train(recipe_for(folder))
-        return found[variant]
+    def run(fault: Fault) -> tuple[Path, Trained]:
+        key = (fault.variant, fault.moe)
+        if key not in found:
+            folder = tiny_folder(place / fault.variant, fault.variant)
+            found[key] = folder, train(recipe_for(folder, moe=fault.moe))
+        return found[key]
 
     return run
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_found(
-    one_rank: Callable[[str], tuple[Path, Trained]], monkeypatch: Patch, name: str
-) -> None:
+def test_a_planted_fault_is_found(one_rank: Runs, monkeypatch: Patch, name: str) -> None:
     fault = FAULTS[name]
-    folder, expected = one_rank(fault.variant)
+    folder, expected = one_rank(fault)
     prepared()
     fault.plant(monkeypatch)
-    found = train(recipe_for(folder, fault.layout, packing=fault.packing))
+    found = train(recipe_for(folder, fault.layout, packing=fault.packing, moe=fault.moe))
     with pytest.raises(AssertionError):
         assert_same_run(found, expected)

@@ -154,6 +154,21 @@ RECIPES = [
         {},
         "moe.shared_expert_overlap: shared experts run between the two exchanges of alltoall or flex, found allgather",
     ),
+    (
+        {"shared_expert_overlap": True},
+        {"runtime": {"ep_overlap": True}},
+        "moe.shared_expert_overlap: runtime.ep_overlap hides the exchange behind another micro-batch already",
+    ),
+    (
+        {"shared_expert_overlap": True},
+        {"runtime": {"recompute": "selective", "recompute_modules": ["shared_experts"]}},
+        "moe.shared_expert_overlap: shared experts that run inside the exchange can't be recomputed by themselves",
+    ),
+    (
+        {"dispatcher": "allgather"},
+        {"runtime": {"ep_overlap": True}},
+        "moe.dispatcher: runtime.ep_overlap splits the exchange of alltoall or flex, found allgather",
+    ),
 ]
 
 
@@ -163,7 +178,8 @@ def test_what_contradicts_itself(section: dict[str, Any], options: dict[str, Any
         model=ModelSection(path="model"),
         data=DataSection(train=[SourceSection(path="a.jsonl")], packing=options.get("packing", True)),
         schedule=ScheduleSection(steps=10),
-        runtime=RuntimeSection(device=options.get("device", "auto")),
+        parallel=ParallelSection(ep=2),
+        runtime=RuntimeSection(device=options.get("device", "auto"), **options.get("runtime", {})),
         moe=MoeSection(**section),
     )
     with pytest.raises(InputError) as error:
