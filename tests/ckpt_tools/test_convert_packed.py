@@ -6,6 +6,7 @@ import json
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ Tensors = dict[str, torch.Tensor]
 BLOCKS = "model.layers.1.mlp.experts.down_proj_blocks"
 
 
+@pytest.mark.slow  # transformers' quantizers take long to import
 def test_decoding_is_transformers_own() -> None:
     """Every byte with every scale but the last, which stands for NaN, and is an infinity there."""
     from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -39,7 +41,8 @@ def test_decoding_is_transformers_own() -> None:
     assert found[255].isnan().all()
 
 
-@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, pytest.param(4, marks=pytest.mark.nightly)])
 def test_mxfp4_goes_to_megatron_and_back_as_bf16(tmp_path: Path, workers: int) -> None:
     folder, decoded = mxfp4_folder(tmp_path / "hub")
     opened = open_source(folder)
@@ -60,8 +63,14 @@ def test_files_smaller_than_an_expert(tmp_path: Path) -> None:
     assert same(tensors(tmp_path / "back"), expected)
 
 
+@pytest.mark.slow
 def test_an_expert_at_a_time_is_in_memory(tmp_path: Path) -> None:
-    changes = {"num_hidden_layers": 1, "num_local_experts": 32, "intermediate_size": 640, "hidden_size": 256}
+    changes: dict[str, Any] = {
+        "num_hidden_layers": 1,
+        "num_local_experts": 32,
+        "intermediate_size": 640,
+        "hidden_size": 256,
+    }
     folder = tiny_folder(tmp_path / "hf", "gpt-oss", **changes)
     expert = 4 * 2 * 640 * 256  # bytes of its larger tensor
     for source, target in (("hf", "megatron"), ("megatron", "back")):
@@ -131,7 +140,9 @@ def transformers_shapes(config: object) -> dict[str, tuple[int, ...]]:
         return {n: tuple(t.shape) for n, t in AutoModelForCausalLM.from_config(config).state_dict().items()}
 
 
-@pytest.mark.parametrize("stored", ["mxfp4", "bf16"])
+@pytest.mark.parametrize(
+    "stored", [pytest.param("mxfp4", marks=pytest.mark.slow), pytest.param("bf16", marks=pytest.mark.nightly)]
+)
 def test_the_real_120b_is_covered(tmp_path: Path, stored: str) -> None:
     raw = CONFIG if stored == "mxfp4" else {k: v for k, v in CONFIG.items() if k != "quantization_config"}
     (tmp_path / "config.json").write_text(json.dumps(raw))
@@ -172,6 +183,7 @@ def one_expert_less(stored: Tensors) -> None:
         stored[name] = stored[name][1:].contiguous()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("edit", "message"),
     [

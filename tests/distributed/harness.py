@@ -168,6 +168,8 @@ def _child(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
+        # After a fork the first call rebuilds torch's thread pool: two autograd threads at once would crash in it.
+        torch.set_num_threads(1)
         torch.manual_seed(number)  # ranks that agree must not owe it to a shared random state
         try:
             message = pickle.dumps((True, fn(*args)))

@@ -32,13 +32,25 @@ LAYOUTS = {
     "EP2xCP2": ParallelSection(ep=2, cp=2),
     "EP2xTP2xCP2": ParallelSection(ep=2, tp=2, cp=2, dp=2),
     "EP4xPP2": ParallelSection(ep=4, pp=2, dp=4),
+    "TP2xETP1": ParallelSection(tp=2, etp=1),
 }
-FAMILIES = ("qwen3-moe", "mixtral", "qwen2-moe", "glm4-moe", "deepseek-v2", "deepseek-v2-lite", "deepseek-v3")
+FAMILIES = (
+    "qwen3-moe",
+    "mixtral",
+    "qwen2-moe",
+    "glm4-moe",
+    "deepseek-v2",
+    "deepseek-v2-lite",
+    "deepseek-v3",
+    "gpt-oss",
+)
+UNCUT = ("gpt-oss",)  # its experts have biases, which Megatron-Core has without ETP only
 QUICK = {("qwen3-moe", "EP2")}
 SLOW = {("qwen3-moe", layout) for layout in ("EP2xTP2", "EP2xTP2xETP1", "EP2xDP4", "EP2xPP2xVPP2")}
 SLOW |= {("deepseek-v3", "EP2xTP2"), ("deepseek-v2", "EP2xPP2")}
 
 SLOW |= {("mixtral", "EP2xTP2"), ("qwen2-moe", "EP2xTP2xETP1"), ("glm4-moe", "EP2xPP2"), ("glm4-moe", "EP2xCP2")}
+SLOW |= {("gpt-oss", "EP2xTP2xETP1")}
 
 
 def case(variant: str, layout: str) -> Any:
@@ -58,9 +70,19 @@ def at_layout(folder: Path, layout: str) -> Trained:
     return train(recipe_for(folder, LAYOUTS[layout]))
 
 
-@pytest.mark.parametrize(
-    ("variant", "layout"), [case(variant, layout) for variant in FAMILIES for layout in LAYOUTS if layout != "one rank"]
-)
+def fits(variant: str, layout: str) -> bool:
+    return variant not in UNCUT or 1 in (LAYOUTS[layout].tp, LAYOUTS[layout].etp)
+
+
+CASES = [
+    case(variant, layout)
+    for variant in FAMILIES
+    for layout in LAYOUTS
+    if layout != "one rank" and fits(variant, layout)
+]
+
+
+@pytest.mark.parametrize(("variant", "layout"), CASES)
 def test_layout(models: Any, variant: str, layout: str) -> None:
     folder = models(variant)
     assert_same_run(at_layout(folder, layout), at_layout(folder, "one rank"))
