@@ -40,12 +40,20 @@ FAMILIES: dict[str, Family] = {
     for model_type in family.model_types
 }
 
+# Model types that could be taken for a family, and aren't: why, and what is needed instead.
+NOT_SERVED = {
+    "gemma3": "is a language model with a vision tower, which would be lost; needed is the language model alone, saved"
+    " as gemma3_text (mcore_swift/models/gemma3.py says how)",
+}
+
 
 def family_of(model_type: str, *, source: str) -> Family:
     """The family that serves `model_type`, its package versions checked.
 
     Raises InputError naming `source` (the config's path) for an unknown family or a package that is too old for it.
     """
+    if model_type in NOT_SERVED:
+        raise InputError(f"{source}: model_type {model_type!r} {NOT_SERVED[model_type]}")
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise InputError(

@@ -261,6 +261,13 @@ FAULTS: dict[str, tuple[str, dict[str, Any], Callable[[Tensors], Any], dict[str,
         {HEAD: f"elements differ ({HEAD} of A, {EMBEDDING} of B)"},
     ),
     "norm off by one": ("llama", {}, _add(NORM, -1.0), {}, {NORM: "off by one: each element is 1 smaller in B"}),
+    "zero-centred norm off by one": (
+        "gemma2",
+        {},
+        _add(NORM, 1.0),
+        {},
+        {NORM: "off by one: each element is 1 larger in B (a zero-centred norm stores weight − 1)"},
+    ),
     "NaN": ("llama", {}, lambda t: t[UP].fill_(float("nan")), {}, {UP: "6,144 NaN or infinite values in B"}),
     "extra tensor": (
         "llama",

@@ -236,7 +236,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 # How large the values of some tensors are, by the end of their names: large enough for gpt-oss' clamps at 7.
 SCALES = {"gate_up_proj_bias": 4.0, "sinks": 1.0}
 # One a family, with as many of its oddities as go together: what the layout tests run.
-REPRESENTATIVES = ("llama-rope-llama3", "mistral-window", "qwen2-tied", "qwen3", "gemma2", "gemma3")
+REPRESENTATIVES = ("llama-rope-llama3", "mistral-window", "qwen2-tied", "qwen3")
 
 
 def tiny_config(variant: str, **changes: Any) -> Any:
