@@ -17,9 +17,10 @@ from mcore_swift.recipe import Recipe
 from mcore_swift.training import adapters, checkpoint, levers
 from mcore_swift.training.optimizer import build_optimizer, wrap_chunks
 from mcore_swift.weights import live
+from mcore_swift.weights.coverage import Spec
 from mcore_swift.weights.hf_folder import dtype_of
 from mcore_swift.weights.rules import TensorRule
-from mcore_swift.weights.safetensors_io import Entry, SafetensorsFolder
+from mcore_swift.weights.safetensors_io import SafetensorsFolder
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
@@ -39,7 +40,7 @@ class TrainingModel:
     chunks: list[DecoderModel]
     models: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
-    entries: Mapping[str, Entry] | None  # the source folder's tensors, when the weights came from one
+    entries: Mapping[str, Spec] | None  # the source folder's tensors, when the weights came from one
     num_parameters: int
 
     @property
@@ -85,7 +86,7 @@ def build(recipe: Recipe, source: ModelSource, plan: ParallelPlan, platform: Pla
 
 def load_weights(
     recipe: Recipe, source: ModelSource, chunks: list[DecoderModel], rules: Mapping[str, TensorRule]
-) -> Mapping[str, Entry] | None:
+) -> Mapping[str, Spec] | None:
     """Loads the weights from where the recipe says; returns the Hugging Face folder's tensors if it was one."""
     path = Path(recipe.model.path)
     if recipe.model.init == "random":
@@ -95,7 +96,7 @@ def load_weights(
         return {}
     folder = SafetensorsFolder(path)
     live.load(chunks, rules, folder, tied=source.tied)
-    return folder.entries
+    return live.decoded(folder)
 
 
 def connect(config: TransformerConfig, models: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:

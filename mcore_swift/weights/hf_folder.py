@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mcore_swift import parallel
 from mcore_swift.errors import InputError
 from mcore_swift.weights import live
-from mcore_swift.weights import safetensors_io as io
+from mcore_swift.weights.coverage import Spec
 from mcore_swift.weights.rules import TensorRule
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def copy_metadata(source: ModelSource, destination: Path, *, dtype: str | None =
     (destination / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def dtype_of(source: ModelSource, entries: Mapping[str, io.Entry] | None, default: str) -> Callable[[str], str]:
+def dtype_of(source: ModelSource, entries: Mapping[str, Spec] | None, default: str) -> Callable[[str], str]:
     """The dtype each tensor is written in: the source tensor's, else the one config.json names, else `default`."""
     named = source.raw.get("dtype", source.raw.get("torch_dtype"))
     fallback = SAFETENSORS_DTYPES.get(str(named), default) if entries is not None else default

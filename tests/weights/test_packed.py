@@ -103,7 +103,7 @@ def load_bf16_and_export(folder: Path, destination: Path) -> int:
     source, chunks, rules = open_chunks(folder, LAYOUTS["EP2"], torch.bfloat16)
     tensors = SafetensorsFolder(folder)
     live.load(chunks, rules, tensors, tied=source.tied)
-    export(chunks, rules, source, destination, dtype=dtype_of(source, tensors.entries, "F32"))
+    export(chunks, rules, source, destination, dtype=dtype_of(source, live.decoded(tensors), "F32"))
     return tensors.bytes_read
 
 
