@@ -1,8 +1,8 @@
 """A job of a thousand ranks on one machine: the real Megatron modules of a rank of each kind, without their storage.
 
 torch's fake process group says that it has all the ranks and exchanges nothing; parameters lie on the meta device,
-where a tensor has a shape and no bytes. Built are the first and the last rank of every pipeline stage: the ranks of a
-stage hold equal parts of the same tensors, the first one their beginnings and the last one their ends.
+where a tensor has a shape and no bytes. The ranks of a pipeline stage hold equal parts of the same tensors: built are
+its first rank, which holds their beginnings, and of stages that are alike one last rank, which holds their ends.
 """
 
 from __future__ import annotations
@@ -59,10 +59,11 @@ class Check:
         return not self.wrong
 
 
-def kinds(plan: ParallelPlan) -> list[int]:
-    """The first and the last rank of each pipeline stage, whose ranks follow one another."""
+def kinds(plan: ParallelPlan, chunks: Sequence[str]) -> list[int]:
+    """The first rank of each pipeline stage, and the last one of the first stage with such chunks."""
     size = plan.world_size // plan.pp
-    return sorted({rank for stage in range(plan.pp) for rank in (stage * size, stage * size + size - 1)})
+    unlike = {tuple(chunks[stage :: plan.pp]): stage for stage in reversed(range(plan.pp))}
+    return sorted({stage * size for stage in range(plan.pp)} | {stage * size + size - 1 for stage in unlike.values()})
 
 
 def build(source: ModelSource, plan: ParallelPlan, platform: Platform, ranks: Sequence[int]) -> list[BuiltRank]:
@@ -127,14 +128,16 @@ def build_rank(source: ModelSource, plan: ParallelPlan, platform: Platform, *, r
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 
-def checks(source: ModelSource, plan: ParallelPlan, chunks: Sequence[str], built: Sequence[BuiltRank]) -> list[Check]:
-    """What the built ranks, those of `kinds`, are held to."""
+def checks(
+    source: ModelSource, plan: ParallelPlan, chunks: Sequence[str], built: Sequence[BuiltRank], *, layers: str
+) -> list[Check]:
+    """What the built ranks, those of `kinds`, are held to. `layers`: Platform.layers that they were built with."""
     mtp = "m" in chunks[-1]
     rules = {key: rule for key, rule in weight_rules(source).items() if mtp or not key.startswith("mtp.")}
     shapes = {key: shape for key, shape in global_shapes(source).items() if key in rules}
     found = {part.key for rank in built for part in rank.parts}
     names = [name for rule in rules.values() for _, name in rule.parts()]
-    formula = stage_parameters(source, plan, chunks)
+    formula = stage_parameters(source, plan, chunks, layers=layers)
     total = sum(prod(shape) for shape in shapes.values())
     summed = _sum_over_ranks(plan, built, shapes)
     return [

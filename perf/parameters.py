@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 from mcore_swift.models.build import ModelSource, padded_vocab_size
 from mcore_swift.models.keys import global_shapes, rule_config, weight_rules
@@ -18,11 +18,10 @@ from mcore_swift.recipe import Recipe
 EXPERTS = ".experts.experts."
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")  # padded for tensor parallelism
 BUFFERS = ("router.expert_bias",)  # saved with the weights, but not trained
-# Tensors that every tensor parallel rank holds whole: norms, routers, biases behind a sum over the ranks, and latent
-# attention's way down, which Megatron computes on each rank.
-_WHOLE = re.compile(
-    r"norm\.weight$|layer_norm_weight$|\.router\.|\.gate_weight$|linear_(q|kv)_down_proj\.|linear_(proj|fc2)\.bias$"
-)
+# Tensors that every tensor parallel rank holds whole: norms, routers, biases behind a sum over the ranks. With
+# Transformer Engine's layers also latent attention's way down; the torch layers cut it.
+_WHOLE = re.compile(r"norm\.weight$|layer_norm_weight$|\.router\.|\.gate_weight$|linear_(proj|fc2)\.bias$")
+_LATENT = re.compile(r"linear_(q|kv)_down_proj\.")
 
 
 @dataclass(frozen=True)
@@ -51,15 +50,17 @@ def model_parameters(source: ModelSource) -> tuple[int, int]:
     return int(total), round(active)
 
 
-def stage_parameters(source: ModelSource, plan: ParallelPlan, chunks: Sequence[str]) -> list[Parameters]:
-    """Parameters of a rank of each pipeline stage. `chunks`: the layout (`models.stages.pipeline_layout`)."""
+def stage_parameters(
+    source: ModelSource, plan: ParallelPlan, chunks: Sequence[str], *, layers: str = "transformer_engine"
+) -> list[Parameters]:
+    """Parameters of a rank of each pipeline stage, for Platform.layers `layers`. `chunks`: `stages.pipeline_layout`."""
     stages = [Parameters(0)] * plan.pp
     stage_of_layer = [number % plan.pp for number, chunk in enumerate(chunks) for _ in range(chunk.count("t"))]
     mtp = "m" in chunks[-1]
     for key, shape in _shapes(source).items():
         if key.startswith("mtp.") and not mtp:
             continue
-        held = rank_share(key, shape, plan)
+        held = rank_share(key, shape, plan, layers)
         if found := re.match(r"decoder\.layers\.(\d+)\.", key):
             places = {stage_of_layer[int(found[1])]}
         elif key.startswith("embedding."):  # the output layer's twin, and what multi-token prediction embeds with
@@ -71,14 +72,16 @@ def stage_parameters(source: ModelSource, plan: ParallelPlan, chunks: Sequence[s
     return stages
 
 
-def rank_share(key: str, shape: tuple[int, ...], plan: ParallelPlan) -> Parameters:
+def rank_share(key: str, shape: tuple[int, ...], plan: ParallelPlan, layers: str) -> Parameters:
     """What one rank holds of the global tensor `key`, whose unpadded shape is `shape`."""
     if EXPERTS in key:
         share = prod(shape) // (plan.ep * (1 if key.endswith("linear_fc2.bias") else plan.etp))
-        return Parameters(0, share) if plan.ep > 1 else Parameters(share)
+        own_groups = plan.ep > 1 or plan.etp != plan.tp  # else they are reduced like everything else
+        return Parameters(0, share) if own_groups else Parameters(share)
     if key in VOCABULARY:
         shape = (padded_vocab_size(shape[0], plan.tp), *shape[1:])
-    return Parameters(prod(shape) // (1 if _WHOLE.search(key) else plan.tp))
+    whole = _WHOLE.search(key) or (layers == "transformer_engine" and _LATENT.search(key))
+    return Parameters(prod(shape) // (1 if whole else plan.tp))
 
 
 def _shapes(source: ModelSource) -> dict[str, tuple[int, ...]]:
@@ -106,18 +109,25 @@ def rank_bytes(parameters: Parameters, plan: ParallelPlan, recipe: Recipe) -> Ra
 
     Per parameter: bf16 weights 2 and fp32 main gradients 4, and fp32 master weights with Adam's two moments 12, which
     the distributed optimizer shards over d data parallel ranks: 6 + 12 / d; with fp32 weights 8 + 8 / d (the table in
-    Megatron-Core's guide to its distributed optimizer). For experts d counts the ranks that hold the same ones.
+    Megatron-Core's guide to its distributed optimizer). For experts d counts the ranks that hold the same ones. Muon is
+    counted with one momentum for everything, though embeddings and norms are left to Adam. FSDP shards weights and
+    gradients, too; what is offloaded to the CPU is left out.
     """
-    half = uses_bf16(recipe)
-    states = {"adam": 8, "sgd": 4}.get(recipe.optimizer.name, 8) + 4 * half
-    dense_ranks = plan.dp * plan.cp
-    expert_ranks = plan.tp * plan.cp * plan.dp // (plan.ep * plan.etp)
-    if not recipe.optimizer.distributed:
-        dense_ranks = expert_ranks = 1
+    half, optimizer = uses_bf16(recipe), recipe.optimizer
+    moments = {name: 2 if getattr(optimizer, name) == "bf16" else 4 for name in ("exp_avg_dtype", "exp_avg_sq_dtype")}
+    master = {"fp32": 4, "remainder": 2}[optimizer.main_params] if half else 0
+    states = master + {"adam": sum(moments.values()), "sgd": 4, "muon": 4}[optimizer.name]
+    ranks = (plan.dp * plan.cp, plan.tp * plan.cp * plan.dp // (plan.ep * plan.etp))
+    state_ranks = ranks if optimizer.distributed else (1, 1)
+    weight_ranks = ranks if optimizer.fsdp else (1, 1)
+
+    def shared(size: float, over: tuple[int, int]) -> int:
+        return ceil(parameters.dense * size / over[0]) + ceil(parameters.experts * size / over[1])
+
     return RankBytes(
-        weights=parameters.total * (2 if half else 4),
-        gradients=parameters.total * 4,
-        optimizer=-(-parameters.dense * states // dense_ranks) + -(-parameters.experts * states // expert_ranks),
+        weights=shared(2 if half else 4, weight_ranks),
+        gradients=shared(4, weight_ranks),
+        optimizer=shared(states * (1 - optimizer.offload_fraction), state_ranks),
     )
 
 

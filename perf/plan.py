@@ -17,7 +17,9 @@ from typing import Any
 from mcore_swift import recipe_io
 from mcore_swift.errors import EXIT_FAILED, InputError
 from mcore_swift.models.build import ModelSource, check_layout
+from mcore_swift.models.experts import EXPERT_RULES, check_experts
 from mcore_swift.models.layout_rules import MODEL_RULES
+from mcore_swift.models.lever_rules import LEVER_RULES, check_levers
 from mcore_swift.models.stages import describe, loss_cost, pipeline_layout
 from mcore_swift.parallel import ParallelPlan, resolve
 from mcore_swift.pipeline import bubble_fraction, imbalance, written
@@ -91,7 +93,10 @@ def outlined(recipe: Recipe, *, gpus: int | None) -> Outline:
     check_recipe(recipe)
     plan = resolve(recipe.parallel, world_size=gpus or recipe.runtime.ranks)
     source = model_source(recipe)
+    on_cpu = recipe.runtime.device == "cpu"
     check_layout(source, plan)
+    check_experts(source, plan, recipe.moe, device="cpu" if on_cpu else "cuda")
+    check_levers(recipe, plan, source, on_cpu=on_cpu)
     batches = Batches(recipe, plan)
     refuse(BATCHES, batches)
     chunks = pipeline_layout(source, plan)
@@ -122,9 +127,9 @@ def _built(outline: Outline) -> dict[str, Any]:
     platform = select()
     preload(platform)
     start = time.monotonic()
-    ranks = fake_world.kinds(outline.plan)
+    ranks = fake_world.kinds(outline.plan, outline.chunks)
     built = fake_world.build(outline.source, outline.plan, platform, ranks)
-    checks = fake_world.checks(outline.source, outline.plan, outline.chunks, built)
+    checks = fake_world.checks(outline.source, outline.plan, outline.chunks, built, layers=platform.layers)
     return {
         "good": all(check.holds for check in checks),
         "layers": platform.layers,
@@ -190,7 +195,8 @@ def _print(outline: Outline, built: dict[str, Any] | None) -> None:
 
 def _facts(outline: Outline) -> dict[str, str]:
     plan, schedule = outline.plan, outline.recipe.schedule
-    active = f", {outline.active_parameters / 1e9:,.1f} B active" if "moe" in str(outline.source.family.name) else ""
+    experts = outline.source.fields().get("num_moe_experts")
+    active = f", {outline.active_parameters / 1e9:,.1f} B of them active" if experts else ""
     return {
         "model": f"{outline.source.folder.resolve().name}: {outline.parameters / 1e9:,.2f} B parameters{active}",
         "layout": f"{plan} = {plan.world_size:,} ranks",
@@ -223,7 +229,7 @@ def _built_lines(outline: Outline, built: dict[str, Any] | None) -> list[str]:
 
 
 def _print_rules(as_json: bool) -> None:
-    rules = explained([*RECIPE_RULES, *JOB, *BATCHES, *MODEL_RULES])
+    rules = explained([*RECIPE_RULES, *JOB, *BATCHES, *MODEL_RULES, *EXPERT_RULES, *LEVER_RULES])
     if as_json:
         print(json.dumps(rules, indent=2, ensure_ascii=False))
         return

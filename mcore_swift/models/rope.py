@@ -27,7 +27,8 @@ def rope_frequencies(config: HFConfig, layer_type: str | None = None) -> tuple[t
     if kind not in SUPPORTED:
         raise InputError(f"config.json: rope_type {kind!r} is not supported; allowed: {', '.join(SUPPORTED)}")
     if kind != "default":
-        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layer_type)
+        with torch.device("cpu"):  # values are needed, though the model may be built without storage
+            frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layer_type)
         return frequencies.float(), float(factor)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rotated = int(head_dim * parameters.get("partial_rotary_factor", 1.0))

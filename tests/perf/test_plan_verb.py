@@ -20,7 +20,7 @@ from mcore_swift.models.stages import pipeline_layout
 from mcore_swift.parallel import ParallelPlan, resolve
 from mcore_swift.recipe import ParallelSection, Recipe
 from perf import fake_world
-from perf.fake_world import BuiltRank, Part
+from perf.fake_world import BuiltRank, Check, Part
 from perf.parameters import EXPERTS
 from tests.distributed.harness import prepared
 from tests.distributed.tiny_models import tiny_config
@@ -28,6 +28,7 @@ from tests.distributed.tiny_models import tiny_config
 RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
 QWEN_72B = RECIPES / "qwen2.5_72b_1024gpus.yaml"
 QWEN_235B = RECIPES / "qwen3_235b_a22b_1024gpus.yaml"
+DEEPSEEK = RECIPES / "deepseek_v3_2048gpus.yaml"
 
 
 def plan(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
@@ -74,6 +75,19 @@ def test_qwen_235b_on_1024_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["stages"][1]["parameters"]["experts"] == 12 * 4 * 3 * 4096 * 1536  # 128 experts over 32 ranks
 
 
+def test_deepseek_v3_on_2048_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan(capsys, str(DEEPSEEK), "--gpus", "2048")
+    attention = 7168 * (1536 + 576 + 128 * 128) + 1536 * 128 * 192 + 512 * 128 * 256 + 1536 + 512
+    dense, expert = 3 * 18_432 * 7168, 3 * 2048 * 7168
+    layer = attention + 2 * 7168 + 257 * expert + 256 * 7168  # 256 experts and a shared one, and the router
+    decoder = 3 * (attention + 2 * 7168 + dense) + 58 * layer + 2 * 129_280 * 7168 + 7168
+    assert decoder == 671_026_404_352
+    assert found["parameters"] == decoder + layer + 2 * 7168 * 7168 + 3 * 7168  # and multi-token prediction
+    assert found["pipeline"]["layout"] == "Et*4|" + "t*4|" * 14 + "tmL"
+    kept = plan(capsys, str(DEEPSEEK), "--gpus", "2048", "--model.mtp_loss_scale", "0")
+    assert kept["pipeline"]["layout"] == "Et*3|" + "t*4|" * 14 + "ttL"
+
+
 def test_the_page_for_a_reader(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(QWEN_72B), "--gpus", "1024"]) == 0
     page = capsys.readouterr().out
@@ -90,7 +104,8 @@ def test_the_page_for_a_reader(capsys: pytest.CaptureFixture[str]) -> None:
 def test_explain_prints_every_rule(capsys: pytest.CaptureFixture[str]) -> None:
     """Each with a key that a recipe has, the values, the reason and what to do instead."""
     hints = get_type_hints(Recipe)
-    known = {f"{s.name}.{f.name}" for s in fields(Recipe) for f in fields(hints[s.name])} | {"parallel"}
+    known = {s.name for s in fields(Recipe)}
+    known |= {f"{s.name}.{f.name}" for s in fields(Recipe) for f in fields(hints[s.name])}
     assert main(["plan", "--explain", "--json"]) == 0
     rules = json.loads(capsys.readouterr().out)
     assert len(rules) > 50
@@ -132,8 +147,14 @@ def every_rank(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return build
 
 
-def of_kinds(plan: ParallelPlan, built: list[BuiltRank]) -> list[BuiltRank]:
-    return [rank for rank in built if rank.rank in fake_world.kinds(plan)]
+def of_kinds(source: ModelSource, plan: ParallelPlan, built: list[BuiltRank]) -> list[BuiltRank]:
+    return [rank for rank in built if rank.rank in fake_world.kinds(plan, pipeline_layout(source, plan))]
+
+
+def wrong(source: ModelSource, plan: ParallelPlan, built: list[BuiltRank]) -> dict[int, Check]:
+    """The checks that fail, by number."""
+    checks = fake_world.checks(source, plan, pipeline_layout(source, plan), built, layers="torch")
+    return {number: check for number, check in enumerate(checks) if check.wrong}
 
 
 @pytest.mark.parametrize(
@@ -142,9 +163,7 @@ def of_kinds(plan: ParallelPlan, built: list[BuiltRank]) -> list[BuiltRank]:
 def test_what_is_said_of_two_ranks_a_stage_holds_of_all(every_rank: Any, name: str) -> None:
     """Cell by cell: the parts of all ranks cover each tensor of the model, and only the parts of copies meet."""
     source, plan, built = every_rank(name)
-    chunks = pipeline_layout(source, plan)
-    assert [check for check in fake_world.checks(source, plan, chunks, of_kinds(plan, built)) if check.wrong] == []
-    assert [check for check in fake_world.checks(source, plan, chunks, built)[4:] if check.wrong] == []
+    assert wrong(source, plan, of_kinds(source, plan, built)) == {} == wrong(source, plan, built)
     boxes: dict[tuple[str, int | None], set[tuple[tuple[int, int], ...]]] = {}
     for part in (part for rank in built for part in rank.parts):
         boxes.setdefault((part.key, part.expert), set()).add(tuple(zip(part.offset, part.end, strict=True)))
@@ -169,10 +188,10 @@ def spoiled(built: list[BuiltRank], tensor: str, **changes: Any) -> list[BuiltRa
 
 def test_what_is_wrong_is_seen(every_rank: Any) -> None:
     source, plan, built = every_rank("experts")
-    chunks, kinds = pipeline_layout(source, plan), of_kinds(plan, built)
+    kinds = of_kinds(source, plan, built)
 
     def fails(ranks: list[BuiltRank]) -> list[int]:
-        return [number for number, check in enumerate(fake_world.checks(source, plan, chunks, ranks)) if check.wrong]
+        return list(wrong(source, plan, ranks))
 
     proj = "decoder.layers.2.self_attention.linear_proj.weight"
     assert fails(kinds) == []
@@ -187,8 +206,12 @@ def test_what_is_wrong_is_seen(every_rank: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "gpus", "ranks", "numbers"),
-    [(QWEN_72B, 1024, 8, 72_706_203_648), (QWEN_235B, 1024, 16, 235_093_634_560)],
-    ids=["qwen2.5-72b", "qwen3-235b-a22b"],
+    [
+        (QWEN_72B, 1024, 7, 72_706_203_648),
+        (QWEN_235B, 1024, 11, 235_093_634_560),
+        (DEEPSEEK, 2048, 19, 682_636_487_424),
+    ],
+    ids=["qwen2.5-72b", "qwen3-235b-a22b", "deepseek-v3"],
 )
 def test_a_thousand_gpus(capsys: pytest.CaptureFixture[str], recipe: Path, gpus: int, ranks: int, numbers: int) -> None:
     prepared()
