@@ -25,8 +25,9 @@ from typing import Any
 from ckpt_tools import transfer as engine
 from ckpt_tools.plan import plan_transfer
 from ckpt_tools.source import HFSource, MegatronSource, is_gguf, open_source
-from ckpt_tools.torch_dist import CheckpointPlan
+from ckpt_tools.torch_dist import CheckpointPlan, optimizer_bytes
 from mcore_swift.errors import InputError
+from mcore_swift.weights.dist_index import read_index
 from mcore_swift.weights.hf_folder import copy_metadata
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -50,6 +51,7 @@ class Report:
     seconds: float
     resumed: int = 0  # bytes that an earlier, interrupted run had written
     nonfinite: dict[str, int] = field(default_factory=dict)  # tensor → its NaN and infinite values
+    left_aside: int = 0  # bytes of optimizer state, which a Hugging Face folder has no place for
 
     def line(self) -> str:
         speed = (self.bytes_written - self.resumed) / max(self.seconds, 1e-9) / 1e6
@@ -108,6 +110,7 @@ def convert(
         bytes_read=bulk.bytes_read,
         bytes_written=bulk.nbytes,
         seconds=bulk.nbytes / USUAL_SPEED,
+        left_aside=0 if bulk.to_megatron else optimizer_bytes(read_index(opened.path)),
     )
     if dry_run:
         return planned
@@ -381,4 +384,9 @@ def convert_verb(*, source: str, destination: Path, dry_run: bool, max_shard_siz
     for name, count in report.nonfinite.items():
         print(f"mcore-swift: warning: {name} has {count} NaN or infinite values", file=sys.stderr)
     print(f"{destination}: {report.line()}")
+    if report.left_aside:
+        print(
+            f"optimizer state ({_size(report.left_aside)}) is left aside: a Hugging Face folder has no place for it;"
+            f" `mcore-swift train` resumes from {source} itself, at any layout"
+        )
     return 0

@@ -226,21 +226,19 @@ def _adapter(path: Path) -> Found:
 
 
 def _megatron(path: Path) -> Found:
-    from ckpt_tools.torch_dist import checkpoint_folder, dtype_names
+    from ckpt_tools.torch_dist import checkpoint_folder, dtype_names, optimizer_bytes
     from mcore_swift.weights.dist_index import read_index
 
     folder = checkpoint_folder(path)
     index, names = read_index(folder), dtype_names()
-    tensors, optimizer = {}, 0
+    tensors, optimizer = {}, optimizer_bytes(index)
     for key, item in index.state_dict_metadata.items():
         if not hasattr(item, "chunks"):
             continue  # objects, such as Transformer Engine's extra state
         shape, torch_dtype = tuple(item.size), item.properties.dtype  # type: ignore[union-attr]
-        tensor = Tensor(names.get(torch_dtype, str(torch_dtype)), shape, math.prod(shape) * torch_dtype.itemsize)
-        if "optimizer" in key.split(".")[:2]:
-            optimizer += tensor.nbytes
-        else:
-            tensors[key] = tensor
+        if "optimizer" not in key.split(".")[:2]:
+            nbytes = math.prod(shape) * torch_dtype.itemsize
+            tensors[key] = Tensor(names.get(torch_dtype, str(torch_dtype)), shape, nbytes)
     manifest = read_json(folder / "mcore_swift.json", "") if (folder / "mcore_swift.json").is_file() else None
     has_config = (folder / "hf" / "config.json").is_file()
     config = read_json(folder / "hf" / "config.json", "") if has_config else None

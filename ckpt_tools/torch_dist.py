@@ -7,6 +7,7 @@ where. Layers are stacked or apart, keys may have a prefix: what is read comes b
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -81,6 +82,16 @@ def read_tensors(folder: Path) -> dict[str, Stored]:
 def _is_model_tensor(key: str, item: Any) -> bool:
     parts = key.split(".")
     return "optimizer" not in parts[:2] and hasattr(item, "chunks") and parts[-1] != "_extra_state"
+
+
+def optimizer_bytes(index: Metadata) -> int:
+    """Bytes of the checkpoint's optimizer state."""
+    sizes = (
+        math.prod(item.size) * item.properties.dtype.itemsize  # type: ignore[union-attr]
+        for key, item in index.state_dict_metadata.items()
+        if "optimizer" in key.split(".")[:2] and hasattr(item, "chunks")
+    )
+    return sum(sizes)
 
 
 def canonical(keys: Iterable[str]) -> dict[str, str]:

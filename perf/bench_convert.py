@@ -1,23 +1,29 @@
 """Conversion speed beside `cp -r` and transformers' load + save of the same folder, on the same disk, in turns.
 
-    python -m perf.bench_convert FOLDER [--layers 28] [--rounds 1] [--without CONTENDER] [--output result.json]
+    python -m perf.bench_convert FOLDER [--layers 28] [--rounds 2] [--minutes 8] [--other NAME=COMMAND] [--output FILE]
 
-Makes a Qwen3-shaped model of about 4 GB (28 layers) in FOLDER, and deletes it at the end. Each contender runs in a fork
-of this process, so imports don't count for any of them. Warm: the source is in the page cache; cold: it was dropped.
-`synced` is the time until everything is on the disk. Memory: the peak of the process, and what its workers have of
-their own.
+Makes a Qwen3-shaped model of about 4 GB (28 layers) in FOLDER, and deletes it at the end. In each round every contender
+runs once in each direction, from a warm cache (the source was just read) and from a cold one (it was dropped); the best
+round counts. Each contender runs in a fork of this process, so imports don't count for any of them. Speeds are until
+everything is on the disk, for everybody: `convert` syncs its files itself, the rest is waited for. Memory: the peak of
+the process, and what its workers have of their own; at the end also for a model of twice the size.
+
+Another program takes part with its command, in an environment of its own: --other "mcore-bridge=/venv/bin/swift export
+--model {source} --to_mcore true --output_dir {target}". Its imports count, and it is only run to Megatron.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import contextlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -45,19 +51,21 @@ SHAPE: dict[str, Any] = {
     "dtype": "bfloat16",
 }
 SHARD_BYTES = 2 * 10**9
-OTHERS = ("mcore_bridge", "megatron.bridge")
+OTHERS = ("mcore-bridge", "megatron-bridge")  # said to be missing where --other doesn't give their commands
+DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+Contender = Callable[[Path, Path], None]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement. Speeds are megabytes of tensors a second."""
+    """One measurement. speed: megabytes of tensors a second, until they are on the disk."""
 
     contender: str
     direction: str
     cache: str
     seconds: float
-    speed: float
     synced_seconds: float
+    speed: float
     peak_memory: float  # bytes
     of_cp: float = 0.0  # speed beside cp's of the same direction and cache
 
@@ -109,7 +117,9 @@ def make_model(folder: Path, layers: int) -> int:
 
 
 def drop_cache(folder: Path) -> None:
-    """Takes a folder's files out of the page cache (they must be on the disk already)."""
+    """Takes a folder's files out of the page cache (they must be on the disk already); all files, where we may."""
+    with contextlib.suppress(OSError):
+        DROP_CACHES.write_text("1")
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
@@ -153,6 +163,8 @@ def measure(work: Callable[[], None]) -> tuple[float, float, int]:
             seconds = time.perf_counter() - begun
             os.write(writer, repr(seconds).encode())
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     os.close(writer)
@@ -190,32 +202,82 @@ def _transformers(source: Path, target: Path) -> None:
     AutoModelForCausalLM.from_pretrained(source, dtype="auto").save_pretrained(target)
 
 
-def _ours(workers: int) -> Callable[[Path, Path], None]:
+def _ours(workers: int | None) -> Contender:
     def run(source: Path, target: Path) -> None:
-        assert cli.main(["convert", str(source), str(target), "--workers", str(workers)]) == 0
+        options = ["--workers", str(workers)] if workers else []
+        assert cli.main(["convert", str(source), str(target), *options]) == 0
 
     return run
 
 
-def run_rounds(folder: Path, num_bytes: int, *, rounds: int, without: str | None) -> Iterator[Row]:
-    """All contenders in turns: to Megatron and back, warm and cold."""
-    model, megatron, out = folder / "model", folder / "megatron", folder / "out"
-    ours = {f"mcore-swift, {n} worker{'s'[: n > 1]}": _ours(n) for n in (1, 2, 4)}
-    for _ in range(rounds):
+def _command(text: str) -> Contender:
+    def run(source: Path, target: Path) -> None:
+        words = [word.replace("{source}", str(source)).replace("{target}", str(target)) for word in shlex.split(text)]
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+
+    return run
+
+
+# --- the turns --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One model in its own folder. `others`: contenders that only go to Megatron, by name."""
+
+    folder: Path
+    num_bytes: int
+    others: dict[str, Contender]
+
+    def round(self) -> Iterator[Row]:
+        """All contenders in turns: to Megatron and back, warm and cold."""
+        ours = {f"mcore-swift, {n} worker{'s'[: n > 1]}": _ours(n) for n in (1, 2, 4)}
         for cache in ("warm", "cold"):
-            for direction, source in (("to Megatron", model), ("to Hugging Face", megatron)):
-                contenders: dict[str, Callable[[Path, Path], None]] = {"cp -r": _cp, **ours}
-                if source == model:
-                    contenders["transformers load + save"] = _transformers
+            for direction in ("to Megatron", "to Hugging Face"):
+                contenders = {"cp -r": _cp, **ours}
+                if direction == "to Megatron":
+                    contenders |= {"transformers load + save": _transformers, **self.others}
                 for name, work in contenders.items():
-                    if name == without:
-                        continue
-                    (warm_cache if cache == "warm" else drop_cache)(source)
-                    seconds, synced, peak = measure(lambda work=work, source=source: work(source, out))
-                    if direction == "to Megatron" and work in ours.values() and not megatron.exists():
-                        out.rename(megatron)
-                    shutil.rmtree(out, ignore_errors=True)
-                    yield Row(name, direction, cache, seconds, num_bytes / seconds / 1e6, synced, peak)
+                    row = self.run(name, work, direction, cache)
+                    if row is not None:
+                        yield row
+
+    def run(self, name: str, work: Contender, direction: str, cache: str) -> Row | None:
+        """One contender's turn; None, said aloud, when it fails."""
+        model, megatron, out = (self.folder / name for name in ("model", "megatron", "out"))
+        source = model if direction == "to Megatron" else megatron
+        (warm_cache if cache == "warm" else drop_cache)(source)
+        try:
+            seconds, synced, peak = measure(lambda: work(source, out))
+        except RuntimeError:
+            print(f"{direction}, {cache}, {name}: FAILED", flush=True)
+            return None
+        finally:
+            if name.startswith("mcore-swift") and source == model and out.exists() and not megatron.exists():
+                out.rename(megatron)
+            shutil.rmtree(out, ignore_errors=True)
+        row = Row(name, direction, cache, seconds, synced, self.num_bytes / synced / 1e6, peak)
+        print(f"{direction}, {cache}, {name}: {row.speed:,.0f} MB/s, {peak / 1e9:.2f} GB", flush=True)
+        return row
+
+
+@contextlib.contextmanager
+def bench(folder: Path, layers: int, others: dict[str, Contender]) -> Iterator[Bench]:
+    """Makes the model, and deletes everything afterwards."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        num_bytes = make_model(folder / "model", layers)
+        largest = max(spec.nbytes for spec in qwen3_tensors(layers).values())
+        print(f"model: {num_bytes / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB", flush=True)
+        yield Bench(folder, num_bytes, others)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def twice_as_large(layers: int) -> int:
+    """The number of layers of a model with twice the bytes."""
+    total, less = (sum(spec.nbytes for spec in qwen3_tensors(n).values()) for n in (layers, layers - 1))
+    return layers + -(-total // (total - less))
 
 
 def with_ratios(rows: list[Row]) -> list[Row]:
@@ -223,21 +285,22 @@ def with_ratios(rows: list[Row]) -> list[Row]:
     best: dict[tuple[str, str, str], Row] = {}
     for row in rows:
         key = (row.direction, row.cache, row.contender)
-        if key not in best or row.seconds < best[key].seconds:
+        if key not in best or row.synced_seconds < best[key].synced_seconds:
             best[key] = row
+    copies = {key[:2]: row.speed for key, row in best.items() if key[2] == "cp -r"}
     return [
-        replace(row, of_cp=row.speed / best[direction, cache, "cp -r"].speed)
-        for (direction, cache, _), row in sorted(best.items(), reverse=True)
+        replace(row, of_cp=row.speed / copies.get(key[:2], float("nan")))
+        for key, row in sorted(best.items(), key=lambda item: (item[0][:2], -item[1].speed), reverse=False)
     ]
 
 
 def _table(rows: list[Row]) -> str:
-    lines = ["| direction | cache | contender | MB/s | of cp | s | s until synced | peak memory |"]
+    lines = ["| direction | cache | contender | MB/s | of cp | s until synced | s alone | peak memory |"]
     lines.append("| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for row in rows:
         lines.append(
             f"| {row.direction} | {row.cache} | {row.contender} | {row.speed:,.0f} | {row.of_cp:.2f} |"
-            f" {row.seconds:.1f} | {row.synced_seconds:.1f} | {row.peak_memory / 1e9:.2f} GB |"
+            f" {row.synced_seconds:.1f} | {row.seconds:.1f} | {row.peak_memory / 1e9:.2f} GB |"
         )
     return "\n".join(lines)
 
@@ -246,35 +309,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to work; on the disk to be measured, with room for 4 copies")
     parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--without", metavar="CONTENDER", help="leave one out, such as 'transformers load + save'")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=8.0, help="no new round begins when it would take longer")
+    parser.add_argument("--other", action="append", default=[], metavar="NAME=COMMAND")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    from transformers import Qwen3ForCausalLM
+    others = {name: _command(command) for name, _, command in (text.partition("=") for text in options.other)}
+    from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
-    assert Qwen3ForCausalLM  # imported before the forks
-    folder = options.folder / "bench_convert"
-    try:
-        num_bytes = make_model(folder / "model", options.layers)
-        largest = max(spec.nbytes for spec in qwen3_tensors(options.layers).values())
-        print(f"model: {num_bytes / 1e9:.2f} GB, largest tensor {largest / 1e9:.2f} GB")
-        cli.main(["convert", str(folder / "model"), str(folder / "out"), "--dry-run"])  # imports what it needs
-        rows = []
-        for row in run_rounds(folder, num_bytes, rounds=options.rounds, without=options.without):
-            print(f"{row.direction}, {row.cache}, {row.contender}: {row.speed:,.0f} MB/s", flush=True)
-            rows.append(row)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    rows = with_ratios(rows)
-    print(_table(rows))
-    for package in OTHERS:
-        try:
-            found = importlib.util.find_spec(package) is not None
-        except ModuleNotFoundError:
-            found = False
-        print(f"{package}: {'installed, but not measured here' if found else 'not installed, not measured'}")
+    assert AutoModelForCausalLM and Qwen3ForCausalLM  # imported before the forks
+    begun = time.perf_counter()
+    load, cpus = os.getloadavg()[0], os.cpu_count()
+    print(f"{cpus} CPUs, load {load:.1f}{' — NOT a quiet machine' if load > 0.5 else ''}", flush=True)
+    folder, rows, twice = options.folder / "bench_convert", [], []
+    with bench(folder, options.layers, others) as turns:
+        cli.main(["convert", str(turns.folder / "model"), str(turns.folder / "out"), "--dry-run"])  # imports
+        for number in range(options.rounds):
+            if number and (time.perf_counter() - begun) * (number + 1) / number > options.minutes * 60:
+                print(f"{number} of {options.rounds} rounds: time is up")
+                break
+            rows += turns.round()
+    with bench(folder, twice_as_large(options.layers), {}) as turns:
+        for direction in ("to Megatron", "to Hugging Face"):
+            twice.append(turns.run("mcore-swift, default workers, twice the size", _ours(None), direction, "warm"))
+    rows = [*with_ratios(rows), *(row for row in twice if row is not None)]
+    print(f"\n{cpus} CPUs, load {load:.1f} at the beginning, {time.perf_counter() - begun:.0f} s\n\n{_table(rows)}")
+    for name in OTHERS:
+        if name not in others:
+            print(f"{name}: not installed here, not measured (--other gives its command)")
     if options.output:
-        options.output.write_text(json.dumps({"bytes": num_bytes, "rows": [asdict(row) for row in rows]}, indent=1))
+        options.output.write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=1))
 
 
 if __name__ == "__main__":

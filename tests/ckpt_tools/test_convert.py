@@ -69,6 +69,21 @@ def test_round_trip(tmp_path: Path, variant: str) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back-1", "back-4", "hf", "megatron-1", "megatron-4"]
 
 
+@pytest.mark.slow
+def test_a_real_model_goes_there_and_back(smollm2: Path, tmp_path: Path) -> None:
+    """SmolLM2 is byte-equal, file by file, with one worker and with four, from checkpoints that are byte-equal too."""
+    for workers in (1, 4):
+        megatron, back = tmp_path / f"megatron-{workers}", tmp_path / f"back-{workers}"
+        convert(smollm2, megatron, workers=workers)
+        convert(megatron, back, workers=workers)
+        assert same(tensors(back), tensors(smollm2))
+        changed = {"config.json", "model.safetensors"}  # written anew: the header may be spaced otherwise
+        for name, content in files(smollm2).items():
+            assert name in changed or (back / name).read_bytes() == content, name
+    assert (tmp_path / "back-1" / "model.safetensors").read_bytes() == (back / "model.safetensors").read_bytes()
+    assert files(tmp_path / "megatron-1") == files(tmp_path / "megatron-4")
+
+
 def test_shards_and_what_comes_along(qwen3: Path, tmp_path: Path) -> None:
     convert(qwen3, tmp_path / "megatron", workers=1)
     convert(tmp_path / "megatron", tmp_path / "back", workers=2, max_shard_size=50_000)
