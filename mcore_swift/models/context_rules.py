@@ -65,4 +65,11 @@ CONTEXT_RULES: list[Row[Fit]] = [
         "{r.plan.cp_comm_type} has no attention sinks, which this model has ({r.folder})",
         "use a2a",
     ),
+    Row(
+        "parallel.cp_comm_type",
+        "other than all_gather, for a model with soft-capped attention scores",
+        lambda r: r.fields.get("attn_logit_softcapping") and r.plan.cp_comm_type not in (None, "all_gather"),
+        "{r.plan.cp_comm_type} has no soft-capped attention scores, which this model has ({r.folder})",
+        "use all_gather",
+    ),
 ]

@@ -149,8 +149,19 @@ OVERLAP: list[Row[Recipe]] = [
     ),
     Row(
         "runtime.tp_overlap",
-        "true, with sequence_length not a multiple of tp x cp",
-        lambda r: r.runtime.tp_overlap and r.data.sequence_length % (r.parallel.tp * r.parallel.cp),
+        "true, with packed documents and parallel.cp > 1",
+        lambda r: r.runtime.tp_overlap and r.parallel.cp > 1 and r.data.packing and r.data.format != "synthetic",
+        "its buffers are made once, but with parallel.cp {r.parallel.cp} each packed document is padded by itself:"
+        " lengths differ",
+        "leave it out",
+    ),
+    Row(
+        "runtime.tp_overlap",
+        "true, with sequence_length not a multiple of tp x cp, and of 2 x tp x cp from cp 2 on",
+        lambda r: (
+            r.runtime.tp_overlap
+            and r.data.sequence_length % (r.parallel.tp * (2 * r.parallel.cp if r.parallel.cp > 1 else 1))
+        ),
         "its buffers are made for data.sequence_length {r.data.sequence_length}, which is padded for "
         "tp {r.parallel.tp} x cp {r.parallel.cp}",
         "make it a multiple of them",

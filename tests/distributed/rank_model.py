@@ -252,6 +252,7 @@ def _over_dp_ranks(value: int) -> list[int]:
 
 def logits(recipe: Recipe, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
     """Float32 logits [b, s, vocabulary] of each micro-batch, gathered from the recipe's layout. In forked ranks."""
+    assert recipe.parallel.cp == 1, "logits are gathered over TP only"
     plan = parallel.resolve(recipe.parallel, world_size=None)
     found = run_ranks(_logits_rank, plan.world_size, recipe, list(batches))
     return next(result for result in found if result)

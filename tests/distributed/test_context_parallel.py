@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 
-from mcore_swift.recipe import ParallelSection
-from tests.distributed.rank_model import Trained, recipe_for, train
+from mcore_swift import parallel
+from mcore_swift.objectives.registry import OBJECTIVES
+from mcore_swift.recipe import ParallelSection, Recipe
+from tests.distributed.harness import run_ranks
+from tests.distributed.rank_model import CPU, Trained, micro_batches, open_model, recipe_for, train
 from tests.distributed.test_layouts import assert_same_run
 from tests.distributed.tiny_models import REPRESENTATIVES, tiny_folder
 
@@ -76,3 +79,33 @@ def at_layout(folder: Path, layout: str, form: str) -> Trained:
 def test_layout(models: Any, variant: str, layout: str, form: str) -> None:
     folder = models(variant)
     assert_same_run(at_layout(folder, layout, form), at_layout(folder, "one rank", "packed"))
+
+
+def evaluate_and_step(recipe: Recipe) -> Any:
+    """A rank's results of an evaluation and of a step."""
+    from mcore_swift.training import step
+
+    model = open_model(recipe)
+    batches = micro_batches(recipe, model.source.vocab_size, parallel.ranks())
+    work = (batches, OBJECTIVES["sft"], CPU)
+    return step.eval_step(model.models, *work), step.train_step(model.models, model.optimizer, *work)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["CP2", "CP2xDP2", "CP2xPP2"])
+def test_counts_and_evaluation_are_one_ranks(models: Any, layout: str) -> None:
+    folder, section = models("qwen3"), LAYOUTS[layout]
+    (expected,) = run_ranks(evaluate_and_step, 1, recipe_for(folder))
+    ranks = parallel.resolve(section, world_size=None).world_size
+    for results in run_ranks(evaluate_and_step, ranks, recipe_for(folder, section)):
+        for found, one in zip(results, expected, strict=True):
+            assert found.loss == pytest.approx(one.loss, rel=1e-6)
+            for name in ("loss_tokens", "tokens", "sum_squared_lengths"):
+                assert getattr(found, name) == getattr(one, name), name
+
+
+@pytest.mark.slow
+def test_every_mode_is_the_same_on_the_cpu(models: Any) -> None:
+    folder = models("qwen3-moe")
+    sizes = {"cp": 4, "cp_comm_type": "a2a+p2p", "hierarchical_cp": [2, 2]}
+    assert_same_run(train(recipe_for(folder, ParallelSection(**sizes))), at_layout(folder, "one rank", "packed"))

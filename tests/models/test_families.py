@@ -11,6 +11,7 @@ import pytest
 
 from mcore_swift.errors import InputError
 from mcore_swift.models.build import check_layout, padded_vocab_size, read_source, tensor_rules, transformer_config
+from mcore_swift.models.context_rules import context_fields
 from mcore_swift.models.registry import FAMILIES, family_of
 from mcore_swift.models.rope import rope_frequencies
 from mcore_swift.parallel import resolve
@@ -227,6 +228,42 @@ LAYOUTS = [
         "parallel.pp: pp 8 × vpp 1 is more than the model's 4 layers",
         "lower one of them",
     ),
+    (
+        "llama",
+        {"tp": 2, "cp": 2, "cp_comm_type": "a2a"},
+        "parallel.cp_comm_type: an all-to-all gives each of its ranks whole heads: tp 2 x its ranks (all of cp 2, ",
+        "use p2p or all_gather where the model can, or fewer ranks",
+    ),
+    (
+        "qwen3",
+        {"cp": 8, "cp_comm_type": "a2a+p2p", "hierarchical_cp": [4, 2]},
+        "parallel.cp_comm_type: an all-to-all gives each of its ranks whole heads",
+        "use p2p or all_gather where the model can, or fewer ranks",
+    ),
+    (
+        "mistral-window",
+        {"cp": 2, "cp_comm_type": "p2p"},
+        "parallel.cp_comm_type: p2p has no sliding windows, which this model's attention has",
+        "use all_gather or a2a",
+    ),
+    (
+        "gpt-oss",
+        {"cp": 2, "cp_comm_type": "all_gather"},
+        "parallel.cp_comm_type: all_gather has no attention sinks, which this model has",
+        "use a2a",
+    ),
+    (
+        "gpt-oss",  # a2a is what it gets by itself
+        {"cp": 4},
+        "parallel.cp_comm_type: an all-to-all gives each of its ranks whole heads",
+        "use p2p or all_gather where the model can, or fewer ranks",
+    ),
+    (
+        "gemma2",
+        {"cp": 2, "cp_comm_type": "a2a"},
+        "parallel.cp_comm_type: a2a has no soft-capped attention scores, which this model has",
+        "use all_gather",
+    ),
 ]
 
 
@@ -242,6 +279,30 @@ def test_layouts_that_do_not_fit(
     assert str(error.value).startswith(message)
     assert str(error.value).endswith(allowed)
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("variant", "layout", "expected"),
+    [
+        ("qwen3", {}, None),
+        ("qwen3", {"cp": 2}, "p2p"),
+        ("mistral-window", {"cp": 2}, "all_gather"),
+        ("mistral-head-dim", {"cp": 2}, "p2p"),
+        ("gpt-oss", {"cp": 2}, "a2a"),
+        ("gemma2", {"cp": 2}, "all_gather"),
+        ("qwen3", {"cp": 2, "cp_comm_type": "a2a"}, "a2a"),
+        ("qwen3", {"cp": 4, "cp_comm_type": "a2a+p2p", "hierarchical_cp": [2, 2]}, "a2a+p2p"),
+    ],
+)
+def test_ways_of_context_parallelism(
+    tmp_path: Path, variant: str, layout: dict[str, Any], expected: str | None
+) -> None:
+    source = read_source(write_config(tmp_path, variant))
+    plan = resolve(ParallelSection(**layout), world_size=None)
+    check_layout(source, plan)
+    found = context_fields(plan, source.family.read_config(source.config))
+    assert found["cp_comm_type"] == expected and found["context_parallel_size"] == plan.cp
+    assert found["hierarchical_context_parallel_sizes"] == layout.get("hierarchical_cp")
 
 
 def test_intermediate_size_not_divisible(tmp_path: Path) -> None:
