@@ -149,6 +149,9 @@ def meshes_of_cpus() -> None:
         finally:
             torch.cuda.current_device = current_device
 
+    def of_group(group: Any, device_type: str, *args: Any, **kwargs: Any) -> DeviceMesh:
+        return from_group(group, "cpu", *args, **kwargs)
+
     DeviceMesh.__init__ = init  # type: ignore[method-assign]
-    DeviceMesh.from_group = staticmethod(lambda group, _, *a, **k: from_group(group, "cpu", *a, **k))  # type: ignore
+    DeviceMesh.from_group = staticmethod(of_group)  # type: ignore[method-assign]
     MegatronFSDP.__init__ = make  # type: ignore[method-assign]

@@ -41,16 +41,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return lambda variant: tiny_folder(folder / variant, variant)
 
 
-def whole(tensor: Any) -> torch.Tensor:
-    """The full tensor of which each rank holds a part, not all of the same size."""
-    if not hasattr(tensor, "to_local"):
-        return tensor.detach().clone()
-    from megatron.core.distributed.fsdp.src.megatron_fsdp import uneven_dtensor
+def whole(part: Any, shape: torch.Size) -> torch.Tensor:
+    """The tensor of which each rank holds a part: both kinds of shards are consecutive elements, some may be none."""
+    import torch.distributed as dist
 
-    if hasattr(tensor, "__create_chunk_list__") and type(tensor.__create_chunk_list__).__name__ != "method":
-        tensor = uneven_dtensor.redistribute_uneven_dtensor_to_replicated(tensor)
-        return tensor.to_local().detach().clone()
-    return tensor.full_tensor().detach().clone()
+    local = torch.empty(0) if part is None else part.detach()
+    local = local.to_local() if hasattr(local, "to_local") else local
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, local.flatten().clone())
+    return torch.cat(parts).view(shape)
 
 
 def named(model: Any) -> dict[str, Any]:
@@ -75,17 +74,21 @@ def three_steps(recipe: Recipe) -> tuple[list[float], list[float], Tensors, Tens
     take_step = model.optimizer.step
 
     def look_and_step() -> Any:
-        if not recipe.optimizer.fsdp:
+        if recipe.optimizer.fsdp:
+            gradients.update({name: whole(p.grad, p.shape) for name, p in named(model).items()})
+        else:
             gather_gradient_shards(model.models)
-        field = "grad" if recipe.optimizer.fsdp else "main_grad"
-        gradients.update({name: whole(getattr(parameter, field)) for name, parameter in named(model).items()})
+            gradients.update({name: p.main_grad.clone() for name, p in named(model).items()})
         model.optimizer.step = take_step
         return take_step()
 
     model.optimizer.step = look_and_step
     results = [step.train_step(model.models, model.optimizer, batches, OBJECTIVES["sft"], CPU) for _ in range(STEPS)]
     model.sync_parameters()
-    parameters = {name: whole(parameter) for name, parameter in named(model).items()}
+    if recipe.optimizer.fsdp:
+        parameters = {name: whole(p, p.shape) for name, p in named(model).items()}
+    else:
+        parameters = {name: p.detach().clone() for name, p in named(model).items()}
     return [r.loss for r in results], [r.grad_norm for r in results], gradients, parameters
 
 
