@@ -33,6 +33,11 @@ class ExpertFit:
         return self.fields.get("num_moe_experts")
 
     @property
+    def most_capacity(self) -> float:
+        """The capacity factor at which an expert takes every token."""
+        return (self.experts or 1) / self.fields["moe_router_topk"]
+
+    @property
     def changed(self) -> str:
         return ", ".join(changed_keys(self.moe))
 
@@ -71,6 +76,13 @@ EXPERT_RULES: list[Row[ExpertFit]] = [
         lambda r: r.moe.shared_expert_overlap and not r.fields.get("moe_shared_expert_intermediate_size"),
         "{r.family} has no shared experts ({r.folder})",
         "leave it out",
+    ),
+    Row(
+        "moe.capacity_factor",
+        "more than experts / experts a token, with moe.pad_to_capacity: true",
+        lambda r: r.experts is not None and r.moe.pad_to_capacity and (r.moe.capacity_factor or 0) > r.most_capacity,
+        "{r.moe.capacity_factor} with moe.pad_to_capacity: true would pad each expert beyond all tokens",
+        "at most {r.most_capacity:.4g} for {r.family}, where it holds every token",
     ),
     Row(
         "moe.dispatcher",

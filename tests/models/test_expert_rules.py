@@ -59,6 +59,12 @@ MODEL = [
     ),
     (
         "qwen3-moe",
+        {"capacity_factor": 2.7, "pad_to_capacity": True},
+        {},
+        "moe.capacity_factor: 2.7 with moe.pad_to_capacity: true would pad each expert beyond all tokens; at most",
+    ),
+    (
+        "qwen3-moe",
         {},
         {"tp": 2, "sequence_parallel": False},
         "parallel.sequence_parallel: false with parallel.tp 2: experts are sent each token once",
@@ -204,3 +210,31 @@ def test_fields_are_megatrons() -> None:
     on_cpu = expert_fields(section, {"num_moe_experts": 8}, device="cpu")
     assert on_cpu["moe_grouped_gemm"] is on_cpu["moe_permute_fusion"] is False
     assert expert_fields(section, {"num_moe_experts": None}, device="cuda") == {}
+
+
+ROUTING = [
+    ("mixtral", {"router_jitter_noise": 0.1}, "config.json: router_jitter_noise: 0.1 is not supported; allowed: 0.0"),
+    (
+        "glm4-moe",
+        {"norm_topk_prob": False},
+        "config.json: norm_topk_prob: False with num_experts_per_tok 3 is not",
+    ),
+    (
+        "glm4-moe",
+        {"num_experts_per_tok": 1},
+        "config.json: norm_topk_prob: True with num_experts_per_tok 1 is not",
+    ),
+    (
+        "glm4-moe-groups",
+        {"topk_group": 3},
+        "config.json: topk_group: 3 of 4 groups with num_experts_per_tok 4 is not supported: groups are ranked by",
+    ),
+]
+
+
+@pytest.mark.parametrize(("variant", "changes", "message"), ROUTING, ids=[m for *_, m in ROUTING])
+def test_routing_that_megatron_has_not(tmp_path: Path, variant: str, changes: dict[str, Any], message: str) -> None:
+    source = read_source(write_config(tmp_path, variant, **changes))
+    with pytest.raises(InputError) as error:
+        source.family.read_config(source.config)
+    assert str(error.value).startswith(message)
