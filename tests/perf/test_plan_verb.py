@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import json
-import time
+import os
 from dataclasses import fields, replace
 from math import prod
 from pathlib import Path
@@ -215,9 +215,10 @@ def test_what_is_wrong_is_seen(every_rank: Any) -> None:
 )
 def test_a_thousand_gpus(capsys: pytest.CaptureFixture[str], recipe: Path, gpus: int, ranks: int, numbers: int) -> None:
     prepared()
-    start = time.monotonic()
+    before = os.times()
     built = plan(capsys, str(recipe), "--gpus", str(gpus), "--build")["built"]
-    assert time.monotonic() - start < 120  # about five seconds on two idle cores
+    spent = [now - then for now, then in zip(os.times()[:4], before[:4], strict=True)]
+    assert sum(spent) < 60  # seconds of a core: 15 for DeepSeek-V3, beside other work that slows the clock only
     assert built["good"] and all(check["holds"] for check in built["checks"]) and len(built["checks"]) == 5
     assert len(built["ranks"]) == ranks
     assert f"{numbers:,} numbers" in built["checks"][3]["what"]
