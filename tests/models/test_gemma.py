@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 
 from ckpt_tools.plan import megatron_specs, misfits
 from mcore_swift.errors import InputError
-from mcore_swift.models.build import ModelSource, read_source
+from mcore_swift.models.build import ModelSource, read_source, transformer_config
 from mcore_swift.models.keys import global_shapes, weight_rules
 from mcore_swift.models.rope import rope_frequencies, rope_layer_types
+from mcore_swift.parallel import resolve
+from mcore_swift.recipe import ParallelSection
 from mcore_swift.weights.safetensors_io import TensorSpec
 from tests.distributed.harness import prepared
 
@@ -134,3 +137,30 @@ def test_what_the_layers_do_not_implement(tmp_path: Path, name: str, changes: di
     with pytest.raises(InputError, match=message):
         source = source_of(tmp_path, MODELS[name][1] | changes)
         source.family.read_config(source.config)
+
+
+def test_layers_on_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is put into Transformer Engine's layers; Megatron's own ones stand for them, which need no GPU."""
+    platform = prepared()
+    from megatron.core.extensions.transformer_engine import TENorm
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+    from mcore_swift.models import layers, post_norm
+    from mcore_swift.models.soft_cap import CappedAttention
+
+    def block(config: Any, **_: Any) -> TransformerBlockSubmodules:
+        return TransformerBlockSubmodules([get_gpt_layer_local_spec(normalization="LayerNorm")] * config.num_layers)
+
+    monkeypatch.setattr(layers, "get_gpt_decoder_block_spec", block)
+    plan = resolve(ParallelSection(), world_size=None)
+    source = source_of(tmp_path, MODELS["gemma-2-27b"][1])
+    config = transformer_config(source, plan, platform, dtype=torch.bfloat16)
+    spec: Any = layers.decoder_spec(config, replace(platform, layers="transformer_engine"), chunk=None)
+    assert len(spec.layer_specs) == 46
+    for layer in spec.layer_specs:
+        parts = layer.submodules
+        assert parts.self_attention.submodules.core_attention is CappedAttention
+        assert post_norm.NORM_KEYS.items() <= parts.sharded_state_dict_keys_map.items()
+        for step in (parts.self_attn_bda, parts.mlp_bda):
+            assert step.module is post_norm.NormDropoutAdd and step.params["norm"] is TENorm
