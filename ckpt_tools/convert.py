@@ -27,12 +27,12 @@ from ckpt_tools.plan import plan_transfer
 from ckpt_tools.source import HFSource, MegatronSource, is_gguf, open_source
 from ckpt_tools.torch_dist import CheckpointPlan, optimizer_bytes
 from mcore_swift.errors import InputError
+from mcore_swift.training.checkpoint_folder import MANIFEST, sync
 from mcore_swift.weights.dist_index import read_index
 from mcore_swift.weights.hf_folder import copy_metadata
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 MAX_SHARD_BYTES = 5 * 10**9
-MANIFEST = "mcore_swift.json"  # as the trainer's checkpoints have it
 JOURNAL = "journal"
 LOCK_PATIENCE = 2.0  # seconds
 USUAL_SPEED = 500e6  # bytes a second, for the estimate of --dry-run
@@ -291,16 +291,8 @@ def _finish(job: _Job) -> None:
     if job.bulk.to_megatron:
         _write_manifest(job.partial)
     for path in (*job.partial.rglob("*"), job.partial):  # a power cut must not leave a folder that only looks whole
-        _sync(path)
+        sync(path)
     os.rename(job.partial, job.destination)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_manifest(folder: Path) -> None:

@@ -42,6 +42,7 @@ from mcore_swift.training.checkpoint_folder import (
     complete_checkpoints,
     is_checkpoint,
     read_manifest,
+    sync,
 )
 from mcore_swift.weights.hf_folder import copy_metadata
 
@@ -247,11 +248,11 @@ class CheckpointManager:
         rank = dist.get_rank()
         write.write()
         torch.save(random_states, write.folder / "rng" / f"{rank:05d}.pt")
-        _sync(write.folder / "rng" / f"{rank:05d}.pt")
+        sync(write.folder / "rng" / f"{rank:05d}.pt")
         if rank == 0:
             copy_metadata(self.source, write.folder / "hf")
             for path in (write.folder / "hf").iterdir():
-                _sync(path)
+                sync(path)
 
     def _complete(self) -> Path:
         """Turns the attempt into the checkpoint, on all ranks, or raises what any rank ran into, on all ranks."""
@@ -279,7 +280,7 @@ class CheckpointManager:
         }
         (save.folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for name in ("metadata.json", MANIFEST, "rng", "hf", "."):
-            _sync(save.folder / name)
+            sync(save.folder / name)
         others = [path for path in complete_checkpoints(self.folder) if path != final]
         if self._foreign:  # never to be resumed by this run, not even after a kill in the next line
             for path in others:
@@ -287,7 +288,7 @@ class CheckpointManager:
         if final.exists():  # of another run, or of an attempt that went on beside this one
             self._hide(final)
         os.rename(save.folder, final)
-        _sync(self.folder)
+        sync(self.folder)
         if self.section.keep and not self._foreign:
             for path in others[: max(0, len(others) + 1 - self.section.keep)]:
                 self._hide(path)
@@ -324,15 +325,6 @@ def _os_error(error: BaseException | None) -> OSError | None:
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
-
-
-def _sync(path: Path) -> None:
-    """Returns when the file's, or the folder's, content is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _all_ranks(value: bool) -> bool:

@@ -6,6 +6,7 @@ Nothing heavy is imported here: the command line asks `is_checkpoint` before a p
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,15 @@ MANIFEST = "mcore_swift.json"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 # config.json keys that say nothing about the model's tensors or mathematics.
 COSMETIC = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path"}
+
+
+def sync(path: Path) -> None:
+    """Returns when the file's, or the folder's, content is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def is_checkpoint(path: Path) -> bool:
