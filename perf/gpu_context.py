@@ -54,11 +54,11 @@ def one_long_sequence(work: Path, length: int, layers: int, more: list[str]) -> 
     """A single document of `length` tokens on two GPUs, in each mode of two."""
     sizes = ["--data.sequence_length", str(length), "--data.packing", "true", "--model.overrides.num_hidden_layers"]
     batch = ["--schedule.steps", "6", "--schedule.global_batch_size", "1", "--schedule.micro_batch_size", "1"]
-    common = [*NOTHING_SAVED, *sizes, str(layers), *batch, "--runtime.recompute", "full", *more]
+    common = [*NOTHING_SAVED, *more, *sizes, str(layers), *batch, "--runtime.recompute", "full"]
     rows = []
     for name, keys in modes(2).items():
         found = train(SPEED, work / f"long-{name}", *ranks(keys), *keys, *common)
-        shown = ("tokens_per_second_per_gpu", "tflops_per_gpu", "memory_gib", "mfu")
+        shown = ("tokens_per_second_per_gpu", "tflops_per_gpu", "memory_gib")
         rows.append({"run": f"{name}, {length} tokens, {layers} layers", "losses": losses(found)})
         rows[-1] |= {key: median(found, key) for key in shown}
     return rows

@@ -55,7 +55,7 @@ def case(variant: str, layout: str, form: str) -> Any:
 
 CASES = [
     case(variant, layout, form)
-    for variant in (*REPRESENTATIVES, "qwen3-moe")
+    for variant in dict.fromkeys((*REPRESENTATIVES, "gemma2", "gemma3", "qwen3-moe"))
     for layout in LAYOUTS
     for form in ("packed", "rows")
     if layout != "one rank"
