@@ -249,7 +249,7 @@ CONTRADICTIONS = [
     ("--data.sequence_length 1", "data.sequence_length: found 1; it must be at least 2"),
     ("--data.train [{path: ''}]", "a source's path is empty"),
     ("--data.train [{path: a, weight: 0}]", "a source's weight must be greater than 0"),
-    ("--data.validation v --data.validation_split 0.1", "data.validation, data.validation_split: they exclude each other"),
+    ("--data.validation v --data.validation_split 0.1", "data.validation_split: they exclude each other"),
     ("--schedule.eval_interval 5", "nothing to evaluate on; set data.validation or data.validation_split"),
     ("--schedule.epochs 1", "found steps 40, epochs 1.0; set exactly one of steps and epochs"),
     ("--schedule.steps null", "found steps None, epochs None; set exactly one of steps and epochs"),
@@ -279,8 +279,8 @@ CONTRADICTIONS = [
         "runtime.recompute_modules: found ['attn']; allowed: core_attn, ",
     ),
     ("--runtime.recompute selective --runtime.recompute_modules []", "runtime.recompute_modules: it is empty"),
-    ("--runtime.recompute_modules [mlp]", "runtime.recompute_modules: they are used by runtime.recompute: selective only"),
-    ("--runtime.recompute_layers 2", "runtime.recompute_layers: it is used by runtime.recompute: full only, found none"),
+    ("--runtime.recompute_modules [mlp]", "they are used by runtime.recompute: selective only"),
+    ("--runtime.recompute_layers 2", "it is used by runtime.recompute: full only, found none"),
 ]
 
 

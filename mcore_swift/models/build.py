@@ -162,9 +162,16 @@ def transformer_config(
     latent = fields.get("multi_latent_attention")
     if latent:
         fields |= softmax_fields(source.config)
+    elif any(factor != 1 for _, factor in rotary_tables(source.config)):
+        fields |= {"apply_rope_fusion": False}  # the fused kernel leaves YaRN's factor out of packed documents
     kind: Any = LatentDecoderConfig if latent else DecoderConfig
     # The family's fields come after the platform's: it switches a fusion off that doesn't know its activation.
     return kind(**(platform.transformer_config() | fields | (extra or {})))
+
+
+def rotary_tables(config: HFConfig) -> list[tuple[torch.Tensor, float]]:
+    """`rope_frequencies` of each kind of layer; the first is that of layers without a window."""
+    return [rope_frequencies(config, kind) for kind in rope_layer_types(config)]
 
 
 def check_layout(source: ModelSource, plan: ParallelPlan) -> None:
@@ -182,7 +189,7 @@ def build_chunks(
     from mcore_swift.models.marks import correct_marks
     from mcore_swift.models.windowed_rotary import set_windowed_rotary
 
-    rotary, *windowed_rotary = (rope_frequencies(source.config, kind) for kind in rope_layer_types(source.config))
+    rotary, *windowed_rotary = rotary_tables(source.config)
     ahead = ahead_spec(config, platform, count=source.mtp_layers) if source.mtp_layers else None
     chunks = []
     for chunk in range(plan.vpp) if plan.vpp > 1 else (None,):

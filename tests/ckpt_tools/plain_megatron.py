@@ -70,7 +70,7 @@ def build(hf: dict[str, Any], tp: int, pp: int, ep: int) -> GPTModel:
     )
     return GPTModel(
         config,
-        get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm"),
+        get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm"),  # type: ignore[arg-type]
         vocab_size=-(-hf["vocab_size"] // tp) * tp,
         max_sequence_length=hf["max_position_embeddings"],
         pre_process=parallel_state.is_pipeline_first_stage(),

@@ -45,7 +45,7 @@ def whole(part: Any, shape: torch.Size) -> torch.Tensor:
     """The tensor of which each rank holds a part: both kinds of shards are consecutive elements, some may be none."""
     import torch.distributed as dist
 
-    local = torch.empty(0) if part is None else part.detach()
+    local: Any = torch.empty(0) if part is None else part.detach()
     local = local.to_local() if hasattr(local, "to_local") else local
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, local.flatten().clone())
