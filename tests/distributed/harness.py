@@ -88,6 +88,16 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     return [rank.result for rank in ranks]
 
 
+def in_fork[**P](test: Callable[P, None]) -> Callable[P, None]:
+    """A test that runs in a fork: after a backward pass in this process, torch refuses one in its later forks."""
+
+    @functools.wraps(test)
+    def forked(*args: P.args, **kwargs: P.kwargs) -> None:
+        run_ranks(functools.partial(test, *args, **kwargs), 1)
+
+    return forked
+
+
 @dataclass(eq=False)
 class _Rank:
     """A forked rank as its parent sees it. It sends one pickle: (succeeded, result or traceback)."""

@@ -13,11 +13,12 @@ from mcore_swift.models.build import check_layout, read_source
 from mcore_swift.models.rope import rope_frequencies
 from mcore_swift.parallel import resolve
 from mcore_swift.recipe import ParallelSection
-from tests.distributed.harness import prepared
+from tests.distributed.harness import in_fork, prepared
 from tests.distributed.tiny_models import tiny_config, tiny_model
 from tests.models.test_families import read_fields, write_config
 
 
+@in_fork
 def test_the_fused_activation_is_transformers_own() -> None:
     """Forward and gradient, by the function that the fusion on GPUs calls, with values beyond both clamps."""
     prepared()

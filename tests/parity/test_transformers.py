@@ -13,7 +13,7 @@ from mcore_swift.data.batch import MicroBatch
 from mcore_swift.recipe import ParallelSection
 from tests.distributed.harness import prepared
 from tests.distributed.rank_model import assert_close, documents, logits, recipe_for, train, transformers_gradients
-from tests.distributed.tiny_models import REPRESENTATIVES, VARIANTS, tiny_folder, tiny_model
+from tests.distributed.tiny_models import REPRESENTATIVES, VARIANTS, tiny_config, tiny_folder, tiny_model
 
 TOLERANCE = 1e-5  # max |a - b| / max |b|
 LENGTH = 24  # longer than every sliding window, and past the length at which llama3 and YaRN start to scale
@@ -102,7 +102,9 @@ def test_loss_and_gradients(models: Any, variant: str) -> None:
     loss, gradients = transformers_gradients(folder)
     found = train(recipe_for(folder))
     assert found.losses[0] == pytest.approx(loss, rel=1e-6)
-    assert_close(found.gradients, gradients)
+    # transformers has no layers of multi-token prediction: tests/models/test_mtp.py is about theirs.
+    ahead = tuple(f"model.layers.{tiny_config(variant).num_hidden_layers + i}." for i in range(2))
+    assert_close({n: g for n, g in found.gradients.items() if not n.startswith(ahead)}, gradients)
 
 
 def test_install_leaves_transformers_alone(models: Any) -> None:

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-from mcore_swift.training.optimizer_state import join_remainder, split_remainder
-
 
 class LeanAdam(torch.optim.Optimizer):
     """AdamW whose moments may be bf16, and whose fp32 parameters may be the remainders of bf16 ones."""
@@ -64,6 +62,8 @@ class LeanAdam(torch.optim.Optimizer):
                 self._update(param, group)
 
     def _update(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+        from mcore_swift.training.optimizer_state import join_remainder, split_remainder
+
         remainders = self.store_param_remainders and param.dtype == torch.bfloat16
         if not self.state[param]:
             self.initialize_state(param, remainders)

@@ -15,6 +15,7 @@ from mcore_swift.flops import (
     peak_flops,
     training_flops,
 )
+from tests.distributed.harness import in_fork
 
 QWEN3_8B_OF_8_LAYERS = DecoderShape(
     num_layers=8,
@@ -51,6 +52,7 @@ def test_forward_is_a_third():
 
 
 @pytest.mark.parametrize(("family", "gated"), [("llama", True), ("gpt_neox", False)])
+@in_fork
 def test_the_counter_of_torch_agrees(family: str, gated: bool):
     """Linear layers exactly; attention exactly twice ours, since eager attention computes both halves of the scores."""
     import torch
@@ -131,6 +133,7 @@ def test_active_parameters_as_published(family: str):
 
 
 @pytest.mark.parametrize("variant", ["qwen3-moe", "mixtral", "qwen2-moe", "glm4-moe", "deepseek-v2", "deepseek-v3"])
+@in_fork
 def test_the_counter_of_torch_agrees_on_experts(tmp_path: Path, variant: str):
     """Each token alone: attention's core is nearly nothing."""
     import torch
