@@ -76,7 +76,7 @@ def _make_peft_folder(model: Path, folder: Path, method: dict[str, Any], targets
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_A" in name or "lora_B" in name:
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
             elif "magnitude" in name:
                 parameter.mul_(1 + 0.2 * torch.randn(parameter.shape, generator=generator))
     adapted.save_pretrained(folder)
