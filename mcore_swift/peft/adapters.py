@@ -97,7 +97,7 @@ def attach(
             parts = [part for part in site.parts if part.name in set(names)]
             if not parts:
                 continue
-            _check_rank(settings.rank, site)
+            _check_site(settings.rank, site)
             group = (parallel.expert_weight_groups() if site.expert else parallel.weight_groups())[0]
             sequence_parallel = chunk.config.sequence_parallel
             branches.append(LoraBranch(site, parts, settings, group=group, sequence_parallel=sequence_parallel))
@@ -106,7 +106,12 @@ def attach(
     return names
 
 
-def _check_rank(rank: int, site: Site) -> None:
+def _check_site(rank: int, site: Site) -> None:
+    if hasattr(site.module, "num_gemms"):  # one module holds all of the rank's experts
+        raise InputError(
+            f"adapter.targets: {site.parts[0].name}: adapters on grouped experts are not there yet;"
+            " set moe.grouped: false, or leave the experts out"
+        )
     for part in site.parts:
         if rank > min(part.rows, site.in_features):
             raise InputError(

@@ -39,7 +39,7 @@ def test_what_is_reported(tmp_path: Path) -> None:
     assert gpu_levers.text(gpu_levers.report(lever, [], rows(1.0), tmp_path / "log")) == "x: failed: the reason"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "recipe.yaml").write_text(SYNTHETIC)
     tiny_folder(tmp_path / "m", "qwen3")
