@@ -291,6 +291,7 @@ def killed_conversion(source: Path, target: Path, workers: int, after: float, *,
     return os.waitpid(pid, 0)[1] == 0
 
 
+@pytest.mark.slow
 def test_killed_runs_are_finished_by_the_same_command(tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "hf", "qwen2")
     convert(folder, tmp_path / "expected", workers=1)

@@ -133,7 +133,7 @@ def assert_as_expected(found: Trained, reference: Expected) -> None:
 @pytest.mark.parametrize(
     ("variant", "kind"),
     [
-        pytest.param("qwen3-moe", "aux_loss"),
+        pytest.param("qwen3-moe", "aux_loss", marks=slow),
         pytest.param("glm4-moe", "seq_aux_loss", marks=slow),
         pytest.param("qwen3-moe", "seq_aux_loss", marks=nightly),
         pytest.param("glm4-moe", "aux_loss", marks=slow),

@@ -84,6 +84,7 @@ def trained(folder: Path, layout: ParallelSection | None = None, **choices: Any)
     return train(recipe(folder, layout, **choices))
 
 
+@pytest.mark.slow
 def test_loss_and_gradients(folder: Path) -> None:
     loss, gradients = run_ranks(reference, 1)[0]
     found = trained(folder)

@@ -35,7 +35,7 @@ def slow(*values: Any) -> Any:
 
 SAME = [
     ("DP2", "bf16", OptimizerSection()),
-    ("TP2", "fp32", OptimizerSection(distributed=False)),
+    slow("TP2", "fp32", OptimizerSection(distributed=False)),
     slow("TP2 PP2", "fp32", OptimizerSection()),
     slow("PP2 VPP2", "fp32", OptimizerSection(distributed=False)),
     slow("DP2 PP2", "bf16", OptimizerSection()),
