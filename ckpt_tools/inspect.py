@@ -16,8 +16,8 @@ from typing import Any
 
 from ckpt_tools.peft_folder import CONFIG as ADAPTER_CONFIG
 from ckpt_tools.peft_folder import WEIGHTS as ADAPTER_WEIGHTS
-from ckpt_tools.peft_folder import read_json
 from mcore_swift.errors import InputError
+from mcore_swift.peft.peft_config import read_json
 from mcore_swift.weights import safetensors_io as io
 
 AHEAD = "multi-token prediction"  # layers after the model's own, which one token's prediction doesn't need

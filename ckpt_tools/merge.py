@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ckpt_tools.peft_folder import FLOATS, Adapter, read_adapter, read_json
+from ckpt_tools.peft_folder import FLOATS, Adapter, read_adapter
 from mcore_swift.errors import InputError
+from mcore_swift.peft.peft_config import read_json
 from mcore_swift.weights import safetensors_io as io
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}

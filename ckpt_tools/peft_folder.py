@@ -6,7 +6,6 @@ is wrong and looks right.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -15,60 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mcore_swift.errors import InputError, nearest
+from mcore_swift.peft.peft_config import CONFIG, PREFIX, WEIGHTS, listed, read_config
 from mcore_swift.weights import safetensors_io as io
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
+# Keys that may ask for something here, beside those that any reader honours.
+HONOURED = ("rank_pattern", "alpha_pattern", "modules_to_save")
 FLOATS = ("F32", "BF16", "F16")
 # Tensor name → module and part. PEFT saves DoRA's magnitude with and without ".weight", by version.
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector|base_layer\.weight)(\.weight)?"
 )
-
-# adapter_config.json of peft 0.21. Keys that don't change what the merged weights are …
-_ANY = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "peft_version",
-    "task_type",
-    "lora_dropout",
-    "megatron_config",
-    "megatron_core",
-    "loftq_config",
-    "eva_config",
-    "corda_config",
-    "lora_ga_config",
-    "runtime_config",
-    "qalora_group_size",
-    "layers_pattern",
-    "ensure_weight_tying",
-    "velora_config",
-}
-# … those that `Adapter` reads …
-_READ = {
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "modules_to_save",
-}
-# … and those of which only these values can be honoured. Any other key must be off (null, false, empty).
-_ALLOWED: dict[str, tuple[object, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # PiSSA & co. change the base as well
-}
-
 
 @dataclass(frozen=True)
 class Target:
@@ -135,22 +93,9 @@ class _Misfits:
             raise InputError(f"{adapter}: this adapter does not fit {base}: {shown}")
 
 
-def read_json(path: Path, needed: str) -> dict[str, Any]:
-    """A JSON object from a file. Raises InputError; `needed` says what its folder should have been."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"{path.parent}: there is no {path.name}; {needed}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"{path}: found a {type(found).__name__}, needed is a JSON object")
-    return found
-
-
 def read_adapter(folder: Path, base: io.SafetensorsFolder, *, tied: bool) -> Adapter:
     """The adapter, checked against the base's headers. Raises InputError that lists everything that doesn't fit."""
-    config = _read_config(folder)
+    config = read_config(folder, honoured=HONOURED)
     if not (folder / WEIGHTS).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         why = " (a pickled adapter_model.bin could execute code: save the adapter again as safetensors)"
@@ -171,57 +116,13 @@ def read_adapter(folder: Path, base: io.SafetensorsFolder, *, tied: bool) -> Ada
     return Adapter(weights, targets, replaced)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json. Raises InputError naming the first key whose value can't be honoured."""
-    path = folder / CONFIG
-    config = read_json(path, "a PEFT adapter folder is needed")
-    for key, value in config.items():
-        if key in _ALLOWED and value not in _ALLOWED[key]:
-            raise InputError(f"{path}: {key}: {value!r} is not supported; allowed: {list(_ALLOWED[key])}")
-        if value and key not in {*_ALLOWED, *_READ, *_ANY}:
-            raise InputError(f"{path}: {key}: {value!r} is not supported; allowed: it is left out or off")
-    for key, kind, what in (
-        ("peft_type", str, "a text"),
-        ("r", int, "a whole number, at least 1"),
-        ("lora_alpha", int | float, "a number"),
-        ("target_modules", str | list, "a regular expression or a list of module names"),
-    ):
-        value = config.get(key)
-        if not isinstance(value, kind) or isinstance(value, bool) or (key == "r" and value < 1):  # type: ignore[operator]
-            raise InputError(f"{path}: {key}: found {value!r}; it must be {what}")
-    for key in ("rank_pattern", "alpha_pattern"):
-        table = config.get(key) or {}
-        if not isinstance(table, dict) or not all(isinstance(value, int | float) for value in table.values()):
-            raise InputError(f"{path}: {key}: found {table!r}; it must be a table of patterns and numbers")
-    for pattern in _patterns(config):
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            raise InputError(f"{path}: {pattern!r} is not a pattern of module names: {error}") from None
-    return config
-
-
-def _patterns(config: Mapping[str, Any]) -> list[Any]:
-    return [
-        *(config.get("rank_pattern") or {}),
-        *(config.get("alpha_pattern") or {}),
-        *_listed(config["target_modules"]),
-        *_listed(config.get("exclude_modules")),
-        *_listed(config.get("modules_to_save")),
-    ]
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value or []) if not isinstance(value, str) else [value]
-
-
 def _sort(
     weights: _OneFile, config: Mapping[str, Any], misfits: _Misfits
 ) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """The adapter's tensors by module and part, and those that replace a whole tensor of the base."""
     modules: dict[str, dict[str, str]] = {}
     replaced: dict[str, str] = {}
-    saved = _listed(config.get("modules_to_save"))
+    saved = listed(config.get("modules_to_save"))
     for name, entry in weights.entries.items():
         plain = name.removeprefix(PREFIX)
         found = _PART.fullmatch(plain)
@@ -320,7 +221,7 @@ def _matcher(config: Mapping[str, Any]) -> Callable[[str], bool]:
         return any(module == pattern or module.endswith(f".{pattern}") for pattern in patterns)
 
     targets, excluded = config["target_modules"], config.get("exclude_modules") or []
-    saved = _listed(config.get("modules_to_save"))
+    saved = listed(config.get("modules_to_save"))
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = r"(?!(.*\.)?(lm_head|embed_tokens)$).*"
 

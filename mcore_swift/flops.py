@@ -112,9 +112,13 @@ def attention_flops(shape: DecoderShape, *, sum_squared_lengths: int, backward: 
     return products // 2 * _passes(backward)
 
 
-def training_flops(shape: DecoderShape, *, tokens: int, sum_squared_lengths: int) -> int:
-    """Model FLOPs, forward and backward, of `tokens` positions in documents with the given Σ length²."""
-    matmul = matmul_flops_per_token(shape) * tokens
+def training_flops(shape: DecoderShape, *, tokens: int, sum_squared_lengths: int, frozen: bool = False) -> int:
+    """Model FLOPs, forward and backward, of `tokens` positions in documents with the given Σ length².
+
+    `frozen`: the linear layers' weights get no gradient, so theirs are two products a layer in place of three. What
+    adapters beside them take is not counted.
+    """
+    matmul = matmul_flops_per_token(shape, backward=False) * tokens * (2 if frozen else _passes(True))
     return matmul + attention_flops(shape, sum_squared_lengths=sum_squared_lengths)
 
 

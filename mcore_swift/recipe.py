@@ -3,8 +3,9 @@
 Each field's comment, on its own line, is its documentation: `mcore-swift train --help-recipe` prints it. A field that a
 platform, model or other field makes impossible is an error, never ignored. `recipe_io` reads and writes the files.
 
-Relative paths in model.path, model.tokenizer, data.train, data.validation and data.chat_template are looked for in the
-current directory, then in the recipe file's folder; checkpoint.dir and data.cache_dir belong to the current directory.
+Relative paths in model.path, model.tokenizer, adapter.path, data.train, data.validation and data.chat_template are
+looked for in the current directory, then in the recipe file's folder; checkpoint.dir and data.cache_dir belong to the
+current directory.
 """
 
 from __future__ import annotations
@@ -154,7 +155,7 @@ class CheckpointSection(_Strict):
     asynchronous: bool = True  # write while training goes on
     optimizer: bool = True  # save the optimizer's state (needed to resume)
     resume: Literal["auto", "never"] = "auto"  # auto: continue from the newest complete checkpoint in dir
-    export: bool = True  # write DIR/hf, a Hugging Face folder, at the end
+    export: bool = True  # write DIR/hf, a Hugging Face folder, at the end; with adapters DIR/adapter, too
     overwrite: bool = False  # allow dir to hold another run's results when resume is never
 
 

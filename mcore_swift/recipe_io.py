@@ -119,7 +119,7 @@ def recipe_help() -> str:
 def check_files(recipe: Recipe) -> None:
     """Raises InputError when a model, tokenizer, template or data file that the recipe names is not there."""
     named = [("model.path", recipe.model.path), ("model.tokenizer", recipe.model.tokenizer)]
-    named += [("data.chat_template", recipe.data.chat_template)]
+    named += [("adapter.path", recipe.adapter.path), ("data.chat_template", recipe.data.chat_template)]
     if recipe.data.format != "synthetic":
         named += [("data.train", source.path) for source in recipe.data.train]
     named += [("data.validation", source.path) for source in recipe.data.validation]
@@ -207,6 +207,7 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     return replace(
         recipe,
         model=replace(model, path=found(model.path), tokenizer=optional(model.tokenizer)),
+        adapter=replace(recipe.adapter, path=optional(recipe.adapter.path)),
         data=replace(
             data,
             train=sources(data.train),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,17 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
     return Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The Hugging Face folder of a tiny model, by the name of its variant; made at its first use."""
+    from tests.distributed.harness import prepared
+    from tests.distributed.tiny_models import tiny_folder
+
+    prepared()  # before transformers' first use, as in a run
+    folder = tmp_path_factory.mktemp("models")
+    return lambda variant: tiny_folder(folder / variant, variant)
 
 
 @pytest.fixture(scope="session")

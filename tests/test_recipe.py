@@ -280,6 +280,15 @@ CONTRADICTIONS = [
     ),
     ("--runtime.recompute selective --runtime.recompute_modules []", "runtime.recompute_modules: it is empty"),
     ("--runtime.recompute_modules [mlp]", "they are used by runtime.recompute: selective only"),
+    ("--adapter.rank 8", "adapter.name: none trains the model itself"),
+    ("--adapter.name lora --adapter.rank 0", "adapter.rank: found 0; it must be at least 1"),
+    ("--adapter.name lora --adapter.dropout 1.0", "adapter.dropout: found 1.0; it must be at least 0 and less than 1"),
+    ("--adapter.name lora --adapter.targets []", "adapter.targets: it is empty"),
+    ("--adapter.name lora --adapter.path a --adapter.rank 8", "adapter.path: a decides targets, rank, alpha"),
+    ("--adapter.name lora --adapter.init pissa --adapter.dora true", "adapter.init: pissa changes the frozen weights"),
+    ("--adapter.name lora --moe.expert_bias_update_rate 0.001", "it changes the frozen model's correction biases"),
+    ("--adapter.name lora --model.mtp_loss_scale 0.1", "multi-token prediction are frozen"),
+    ("--adapter.name lora --optimizer.name muon --optimizer.distributed false", "muon's updates are proved"),
     ("--runtime.recompute_layers 2", "it is used by runtime.recompute: full only, found none"),
 ]
 

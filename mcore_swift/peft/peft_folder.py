@@ -15,31 +15,12 @@ from mcore_swift import parallel
 from mcore_swift.errors import InputError, nearest
 from mcore_swift.peft.adapters import AdapterTensor
 from mcore_swift.peft.lora import LoraSettings
+from mcore_swift.peft.peft_config import CONFIG, PREFIX, WEIGHTS, read_config
 from mcore_swift.peft.targets import linear_modules
 from mcore_swift.weights import live
 from mcore_swift.weights import safetensors_io as io
 from mcore_swift.weights.hf_folder import published
 from mcore_swift.weights.rules import TensorRule
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
-
-# What a folder may say of each of these; anything else would be another computation than the one done here.
-_ONLY: dict[str, tuple[object, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "modules_to_save": (None, []),
-    "layers_to_transform": (None,),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "target_parameters": (None, []),
-    "use_qalora": (False,),
-    "lora_bias": (False,),
-    "alora_invocation_tokens": (None,),
-    "trainable_token_indices": (None,),
-    "layer_replication": (None,),
-}
 
 
 def tensors_of(chunks: Sequence[Any]) -> list[AdapterTensor]:
@@ -91,7 +72,7 @@ def save(
     shapes = parallel.union_over_model(mine)
     specs = {PREFIX + name: io.TensorSpec(dtype, shape) for name, (dtype, shape) in sorted(shapes.items())}
     plan = io.plan_output(specs, max_shard_bytes=float("inf"), single=WEIGHTS)
-    config = peft_config([name.rsplit(".lora_", 1)[0] for name in shapes], rules, settings, base=base)
+    config = config_of([name.rsplit(".lora_", 1)[0] for name in shapes], rules, settings, base=base)
     with published(folder) as partial:
         parallel.on_first_rank(lambda: _begin(partial, plan, config))
         error: OSError | None = None
@@ -123,7 +104,7 @@ def _begin(folder: Path, plan: io.OutputPlan, config: dict[str, object]) -> None
     (folder / CONFIG).write_text(json.dumps(config, indent=2))
 
 
-def peft_config(
+def config_of(
     modules: Sequence[str], rules: Mapping[str, TensorRule], settings: LoraSettings, *, base: str
 ) -> dict[str, object]:
     """adapter_config.json. A kind of module that is adapted in every layer is named once."""
@@ -156,19 +137,9 @@ def read_settings(folder: Path) -> tuple[LoraSettings, list[str]]:
 
     Raises InputError for a folder that is none, and for what it asks for that is not done here.
     """
-    path = folder / CONFIG
-    if not path.is_file() or not (folder / WEIGHTS).is_file():
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise InputError(f"adapter.path: {folder} is no PEFT folder; {CONFIG} and {WEIGHTS} are needed")
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not valid JSON: line {error.lineno}: {error.msg}") from None
-    for key, allowed in _ONLY.items():
-        if key in config and config[key] not in allowed:
-            raise InputError(f"{path}: {key}: {config[key]!r} is not supported; allowed: {allowed[0]!r}")
-    missing = [key for key in ("r", "lora_alpha") if key not in config]
-    if missing:
-        raise InputError(f"{path}: {missing[0]} is missing")
+    config = read_config(folder)
     settings = LoraSettings(
         rank=config["r"],
         alpha=config["lora_alpha"],
@@ -176,8 +147,13 @@ def read_settings(folder: Path) -> tuple[LoraSettings, list[str]]:
         rslora=config.get("use_rslora", False),
         dora=config.get("use_dora", False),
     )
+    return settings, list(dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in _names(folder)))
+
+
+def _names(folder: Path) -> dict[str, str]:
+    """The file's tensors by our names: without PEFT's prefix, and without the ending that old versions gave DoRA's."""
     entries = io.SafetensorsFolder(folder, single=WEIGHTS).entries
-    return settings, list(dict.fromkeys(name.removeprefix(PREFIX).rsplit(".lora_", 1)[0] for name in entries))
+    return {name.removeprefix(PREFIX).replace("_vector.weight", "_vector"): name for name in entries}
 
 
 def load(chunks: Sequence[Any], folder: Path) -> None:
@@ -185,29 +161,33 @@ def load(chunks: Sequence[Any], folder: Path) -> None:
 
     Raises InputError, on all ranks, for tensors that are missing, left over, mis-shaped or not finite.
     """
-    file = io.SafetensorsFolder(folder, single=WEIGHTS)
     error: InputError | None = None
     try:
-        wanted = parallel.union_over_model({t.name: 0 for t in tensors_of(chunks)})
-        extra = [name for name in file.entries if name.removeprefix(PREFIX) not in wanted]
+        file, names = io.SafetensorsFolder(folder, single=WEIGHTS), _names(folder)
+    except InputError as problem:
+        error = problem
+    parallel.raise_together(error)
+    wanted = parallel.union_over_model({tensor.name: 0 for tensor in tensors_of(chunks)})
+    try:
+        extra = [name for name in names if name not in wanted]
         if extra:
             raise InputError(
-                f"{folder / WEIGHTS}: {extra[0]} belongs to no adapted layer of this model."
-                f"{nearest(extra[0].removeprefix(PREFIX), list(wanted))}"
+                f"{folder / WEIGHTS}: {names[extra[0]]} belongs to no adapted layer of this model."
+                f"{nearest(extra[0], list(wanted))}"
             )
         for tensor in tensors_of(chunks):
-            _fill(tensor, file, folder / WEIGHTS)
+            _fill(tensor, file, names, folder / WEIGHTS)
     except InputError as problem:
         error = problem
     parallel.raise_together(error)
 
 
 @torch.no_grad()
-def _fill(tensor: AdapterTensor, file: io.SafetensorsFolder, path: Path) -> None:
-    name = PREFIX + tensor.name
+def _fill(tensor: AdapterTensor, file: io.SafetensorsFolder, names: Mapping[str, str], path: Path) -> None:
     shard = _shard(tensor, tensor.parameter)
-    if name not in file.entries:
-        raise InputError(f"{path}: {name} is missing")
+    if tensor.name not in names:
+        raise InputError(f"{path}: {PREFIX}{tensor.name} is missing")
+    name = names[tensor.name]
     if tuple(file.entries[name].shape) != shard.global_shape:
         raise InputError(
             f"{path}: {name} has shape {list(file.entries[name].shape)}, this model and rank need"

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from mcore_swift.peft.targets import is_linear
 from mcore_swift.weights.live import sharded_state
 from mcore_swift.weights.rules import TensorRule
 
@@ -60,7 +61,7 @@ def find_sites(chunk: nn.Module, rules: Mapping[str, TensorRule]) -> Iterator[Si
     for item in sharded_state(chunk).values():
         weight: Any = getattr(item, "data", None)
         key: str = item.key
-        if key in rules and ".layers." in key and ".linear_" in key and key.endswith(".weight"):
+        if key in rules and is_linear(rules[key]):
             yield _site(owners[id(weight)], weight, item, rules[key])
 
 

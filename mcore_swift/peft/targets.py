@@ -21,11 +21,21 @@ GROUPS: dict[str, Callable[[str], bool]] = {
 }
 
 
+def is_linear(rule: TensorRule) -> bool:
+    """Whether the tensor is a decoder layer's linear weight that is made of Hugging Face modules.
+
+    Layers of multi-token prediction are none: transformers hasn't got them. Nor are experts that Hugging Face packs in
+    one tensor, which is no module's.
+    """
+    decoder = rule.key.startswith("decoder.layers.") and ".linear_" in rule.key
+    return decoder and rule.key.endswith(".weight") and not rule.packed
+
+
 def linear_modules(rules: Mapping[str, TensorRule]) -> dict[str, str]:
     """Hugging Face names of the decoder layers' linear modules → global key of the tensor that they are part of."""
     found = {}
     for key, rule in rules.items():
-        if ".layers." in key and ".linear_" in key and key.endswith(".weight"):
+        if is_linear(rule):
             found |= {name.removesuffix(".weight"): key for name in rule.hf}
     return found
 

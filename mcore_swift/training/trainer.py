@@ -278,6 +278,10 @@ class Trainer:
             return
         export(self.model.chunks, self.model.rules, self.source, folder / "hf", dtype=self.model.export_dtype)
 
+    def _flops(self, tokens: int, squares: int) -> int:
+        frozen = self.recipe.adapter.name != "none"
+        return training_flops(self.model.shape, tokens=tokens, sum_squared_lengths=squares, frozen=frozen)
+
     # --- reporting ----------------------------------------------------------------------------------------------------
 
     def _tell(self, hook: str, *values: Any) -> None:
@@ -293,7 +297,7 @@ class Trainer:
             grad_norm=result.grad_norm,
             tokens=result.tokens,
             loss_tokens=result.loss_tokens,
-            flops=float(training_flops(self.model.shape, tokens=result.tokens, sum_squared_lengths=squares)),
+            flops=float(self._flops(result.tokens, squares)),
             seconds=seconds,
             world_size=self.plan.world_size,
             memory_gib=self.platform.memory_gib(),

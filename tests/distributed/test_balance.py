@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from mcore_swift.recipe import MoeSection, ParallelSection
 from tests.distributed.harness import run_ranks
 from tests.distributed.rank_model import PACK_LENGTHS, Trained, assert_close, documents, recipe_for, train
-from tests.distributed.tiny_models import tiny_folder
 
 COEFFICIENT, Z_COEFFICIENT = 0.3, 0.02  # large: a loss of 1e-5 of its weight would show
 VARIANTS = ("qwen3-moe", "glm4-moe")  # softmax; sigmoid with a correction bias, which the losses don't see
@@ -111,12 +110,6 @@ def _losses(
         taken = torch.cat([output[2].flatten() for output in layer]).bincount(minlength=scores[0].size(1)).double()
         rows.append(torch.stack([aux, z, taken.max() / taken.mean()]))
     return tuple(torch.stack(rows).unbind(1))  # type: ignore[return-value]
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("models")
-    return lambda variant: tiny_folder(folder / variant, variant)
 
 
 def with_losses(folder: Path, kind: str, layout: ParallelSection | None = None) -> Trained:

@@ -17,7 +17,7 @@ from mcore_swift.recipe import ParallelSection, Recipe
 from tests.distributed.harness import run_ranks
 from tests.distributed.rank_model import CPU, Trained, micro_batches, open_model, recipe_for, train
 from tests.distributed.test_layouts import assert_same_run
-from tests.distributed.tiny_models import REPRESENTATIVES, tiny_folder
+from tests.distributed.tiny_models import REPRESENTATIVES
 
 LAYOUTS = {
     "one rank": ParallelSection(),
@@ -62,12 +62,6 @@ CASES = [
     and (variant == "qwen3-moe" or layout not in EXPERTS)
     and not (form == "rows" and "VPP" in layout)  # refused
 ]
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("models")
-    return lambda variant: tiny_folder(folder / variant, variant)
 
 
 @functools.cache

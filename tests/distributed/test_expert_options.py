@@ -13,7 +13,6 @@ from mcore_swift.recipe import MoeSection, ParallelSection
 from tests.distributed.harness import run_ranks
 from tests.distributed.rank_model import STEPS, assert_close, documents, recipe_for, train
 from tests.distributed.test_layouts import assert_same_run
-from tests.distributed.tiny_models import tiny_folder
 
 RATE = 0.02
 slow, nightly = pytest.mark.slow, pytest.mark.nightly
@@ -24,12 +23,6 @@ LAYOUTS = {
     "EP2xTP2xETP1": ParallelSection(ep=2, tp=2, etp=1),
     "EP2xTP2xPP2": ParallelSection(ep=2, tp=2, pp=2, etp=1),
 }
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("models")
-    return lambda variant: tiny_folder(folder / variant, variant)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ import pytest
 from mcore_swift.recipe import ParallelSection
 from tests.distributed.rank_model import Trained, recipe_for, train
 from tests.distributed.test_layouts import assert_same_run
-from tests.distributed.tiny_models import tiny_folder
 
 LAYOUTS = {
     "one rank": ParallelSection(),
@@ -57,12 +56,6 @@ def case(variant: str, layout: str) -> Any:
     key = (variant, layout)
     marks = () if key in QUICK else pytest.mark.slow if key in SLOW else pytest.mark.nightly
     return pytest.param(variant, layout, marks=marks, id=f"{variant}-{layout}")
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("models")
-    return lambda variant: tiny_folder(folder / variant, variant)
 
 
 @functools.cache

@@ -63,12 +63,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("models")
-    return lambda variant: tiny_folder(folder / variant, variant)
-
-
 @functools.cache
 def at_layout(folder: Path, layout: str, form: str) -> Trained:
     return train(recipe_for(folder, LAYOUTS[layout], packing=form == "packed"))

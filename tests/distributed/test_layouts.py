@@ -16,7 +16,7 @@ import torch
 
 from mcore_swift.recipe import OptimizerSection, ParallelSection, RuntimeSection
 from tests.distributed.rank_model import Trained, assert_close, recipe_for, train
-from tests.distributed.tiny_models import REPRESENTATIVES, tiny_folder
+from tests.distributed.tiny_models import REPRESENTATIVES
 
 LAYOUTS = {
     "one rank": ParallelSection(),
@@ -37,12 +37,6 @@ CASES = [
     for layout in LAYOUTS
     if layout != "one rank"
 ] + [pytest.param("llama-biases", layout, marks=pytest.mark.slow) for layout in ("TP2", "TP2+SP", "TP2xPP2xDP2")]
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("models")
-    return lambda variant: tiny_folder(folder / variant, variant)
 
 
 @functools.cache

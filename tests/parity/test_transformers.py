@@ -11,21 +11,13 @@ import torch
 
 from mcore_swift.data.batch import MicroBatch
 from mcore_swift.recipe import ParallelSection
-from tests.distributed.harness import prepared
 from tests.distributed.rank_model import assert_close, documents, logits, recipe_for, train, transformers_gradients
-from tests.distributed.tiny_models import REPRESENTATIVES, VARIANTS, tiny_config, tiny_folder, tiny_model
+from tests.distributed.tiny_models import REPRESENTATIVES, VARIANTS, tiny_config, tiny_model
 
 TOLERANCE = 1e-5  # max |a - b| / max |b|
 LENGTH = 24  # longer than every sliding window, and past the length at which llama3 and YaRN start to scale
 
 MOSTLY_SLOW = [v if v in REPRESENTATIVES else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS]
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    prepared()  # before transformers' first use, as in a run
-    folder = tmp_path_factory.mktemp("models")
-    return lambda variant: tiny_folder(folder / variant, variant)
 
 
 def rows(vocab_size: int) -> list[MicroBatch]:

@@ -31,7 +31,6 @@ from tests.distributed.rank_model import (
     open_model,
     recipe_for,
 )
-from tests.distributed.tiny_models import tiny_folder
 
 LAYOUTS = {
     "one rank": ParallelSection(),
@@ -47,12 +46,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
 }
 LEARNING_RATE = 1e-4
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("models")
-    return lambda variant: tiny_folder(folder / variant, variant)
 
 
 # --- PEFT -------------------------------------------------------------------------------------------------------------

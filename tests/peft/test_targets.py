@@ -24,7 +24,7 @@ def rules(tmp_path_factory: pytest.TempPathFactory) -> Any:
         tiny_config(variant).save_pretrained(folder)
         return weight_rules(read_source(folder))
 
-    return {variant: of(variant) for variant in ("qwen3", "qwen3-moe")}
+    return {variant: of(variant) for variant in ("qwen3", "qwen3-moe", "deepseek-v3", "gpt-oss")}
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,8 @@ def test_select(rules: Any, variant: str, targets: list[str], count: int) -> Non
         ("qwen3", "model.layers.7.*", r"'model.layers.7.\*' matches no linear layer"),
         ("qwen3", "lm_head", r"'lm_head' matches no linear layer"),
         ("qwen3-moe", "gate", r"'gate' matches no linear layer"),
+        ("deepseek-v3", "model.layers.4.*", r"matches no linear layer"),  # multi-token prediction
+        ("gpt-oss", "experts", r"'experts' matches no linear layer"),  # one tensor of all experts
     ],
 )
 def test_a_target_that_matches_nothing(rules: Any, variant: str, target: str, message: str) -> None:
@@ -83,13 +85,16 @@ def test_settings_of_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "IA3"}, r"peft_type: 'IA3' is not supported; allowed: 'LORA'"),
+        ({"peft_type": "IA3"}, r"peft_type: 'IA3' is not supported; allowed: \['LORA'\]"),
         ({"bias": "all"}, r"bias: 'all' is not supported"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save: \['lm_head'\] is not supported"),
         ({"rank_pattern": {"q_proj": 8}}, r"rank_pattern: .* is not supported"),
         ({"alpha_pattern": {"q_proj": 8}}, r"alpha_pattern: .* is not supported"),
         ({"target_parameters": ["mlp.experts.gate_up_proj"]}, r"target_parameters: .* is not supported"),
-        ({"fan_in_fan_out": True}, r"fan_in_fan_out: True is not supported; allowed: False"),
+        ({"fan_in_fan_out": True}, r"fan_in_fan_out: True is not supported; allowed: it is left out or off"),
+        ({"init_lora_weights": "pissa"}, r"init_lora_weights: 'pissa' is not supported"),
+        ({"a_new_feature": True}, r"a_new_feature: True is not supported; allowed: it is left out or off"),
+        ({"r": 0}, r"r: found 0; it must be a whole number, at least 1"),
         ({"lora_bias": True}, r"lora_bias: True is not supported"),
     ],
 )
@@ -107,10 +112,10 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
         read_settings(tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     (tmp_path / "adapter_config.json").write_text("{")
-    with pytest.raises(InputError, match="not valid JSON: line 1"):
+    with pytest.raises(InputError, match="not valid JSON"):
         read_settings(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}')
-    with pytest.raises(InputError, match="lora_alpha is missing"):
+    with pytest.raises(InputError, match="lora_alpha: found None; it must be a number"):
         read_settings(tmp_path)
 
 

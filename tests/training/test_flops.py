@@ -51,6 +51,13 @@ def test_forward_is_a_third():
     )
 
 
+def test_frozen_weights_take_two_products_of_three():
+    sizes = {"tokens": 4096, "sum_squared_lengths": 0}
+    assert 3 * training_flops(QWEN3_8B_OF_8_LAYERS, **sizes, frozen=True) == 2 * training_flops(
+        QWEN3_8B_OF_8_LAYERS, **sizes
+    )
+
+
 @pytest.mark.parametrize(("family", "gated"), [("llama", True), ("gpt_neox", False)])
 @in_fork
 def test_the_counter_of_torch_agrees(family: str, gated: bool):

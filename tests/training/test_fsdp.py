@@ -24,7 +24,6 @@ from tests.distributed.rank_model import (
     open_model,
     recipe_for,
 )
-from tests.distributed.tiny_models import tiny_folder
 
 STEPS = 3
 SECTIONS = {
@@ -33,12 +32,6 @@ SECTIONS = {
     "torch": OptimizerSection(clip_grad=0.1, fsdp="torch", distributed=False),
 }
 Tensors = dict[str, torch.Tensor]
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("models")
-    return lambda variant: tiny_folder(folder / variant, variant)
 
 
 def whole(part: Any, shape: torch.Size) -> torch.Tensor:

@@ -24,15 +24,8 @@ from mcore_swift.training.levers import config_fields, environment
 from tests.distributed.harness import run_ranks
 from tests.distributed.rank_model import CPU, Trained, assert_close, micro_batches, open_model, recipe_for, train
 from tests.distributed.test_layouts import assert_identical
-from tests.distributed.tiny_models import tiny_folder
 
 SMALL = "model: {path: m}\ndata: {train: [a.jsonl]}\nschedule: {steps: 4}\n"
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("models")
-    return lambda variant: tiny_folder(folder / variant, variant)
 
 
 def load(folder: Path, options: str) -> Recipe:

@@ -30,19 +30,12 @@ from tests.distributed.rank_model import (
     recipe_for,
     train,
 )
-from tests.distributed.tiny_models import tiny_folder
 
 MUON = OptimizerSection(name="muon", distributed=False, clip_grad=0.0, muon_precision="fp32")
 LEAN = OptimizerSection(clip_grad=0.1, main_params="remainder", exp_avg_dtype="bf16", exp_avg_sq_dtype="bf16")
 REMAINDER = OptimizerSection(clip_grad=0.1, main_params="remainder")
 HALF_OFFLOADED = OptimizerSection(clip_grad=0.1, offload_fraction=0.5)
 DP2 = ParallelSection(dp=2)
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("models")
-    return lambda variant: tiny_folder(folder / variant, variant)
 
 
 # --- what Megatron is told --------------------------------------------------------------------------------------------
