@@ -5,9 +5,10 @@ The only module that uses `megatron.core.parallel_state`: the rest asks for the 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from mcore_swift.errors import InputError
@@ -50,6 +51,10 @@ class ParallelPlan:
     @property
     def world_size(self) -> int:
         return self.model_parallel_size * self.dp
+
+    def record(self) -> dict[str, Any]:
+        """The layout as JSON gives it back: what a checkpoint notes, and compares."""
+        return json.loads(json.dumps(asdict(self)))
 
     def __str__(self) -> str:
         extra = "".join(f" {n.upper()}{v}" for n, v in (("vpp", self.vpp), ("cp", self.cp), ("ep", self.ep)) if v > 1)

@@ -170,7 +170,7 @@ class CheckpointManager:
         _together(work)
         if optimizer is not None:
             optimizer_state.set_step(optimizer, manifest["optimizer_step"])
-        if manifest["plan"] == asdict(self.plan):
+        if manifest["plan"] == self.plan.record():
             rng.set_states(_together(lambda: _read_rng(path)))
         else:
             rng.reseed(self.seed, manifest["step"])
@@ -273,7 +273,7 @@ class CheckpointManager:
             "format": 1,
             **asdict(save.state),
             "optimizer_step": save.optimizer_step,
-            "plan": asdict(self.plan),
+            "plan": self.plan.record(),
             "recipe": self.recipe_text,
             "versions": {name: version(name) for name in ("torch", "megatron-core")},
             "files": {path.relative_to(save.folder).as_posix(): path.stat().st_size for path in files},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from dataclasses import asdict
@@ -12,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from mcore_swift.recipe import OptimizerSection, Recipe
+from mcore_swift.parallel import resolve
+from mcore_swift.recipe import AdapterSection, OptimizerSection, ParallelSection, Recipe
 from tests.distributed.harness import RankFailure, prepared, run_ranks
 from tests.distributed.rank_model import open_model, recipe_for
 from tests.training.checkpoint_run import (
@@ -29,6 +31,10 @@ from tests.training.checkpoint_run import (
 
 def slow(*values: Any) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def nightly(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.nightly)
 
 
 # --- same numbers -----------------------------------------------------------------------------------------------------
@@ -86,6 +92,39 @@ def test_another_layout_has_the_same_numbers(
     before, after = assemble([rank[0] for rank in saved]), assemble([rank[0] for rank in loaded])
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     np.testing.assert_allclose(loaded[0][2], saved[0][2], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "other"),
+    [
+        slow({}, "TP2 PP2"),
+        slow({"init": "pissa"}, "DP1"),
+        nightly({}, "DP1"),
+        nightly({"init": "pissa"}, "TP2 PP2"),
+        nightly({"dora": True}, "TP2 PP2"),
+        nightly({"dora": True}, "DP1"),
+    ],
+)
+def test_adapters_alone_are_saved_and_go_on(
+    model_folder: Path, tmp_path: Path, method: dict[str, Any], other: str
+) -> None:
+    adapter = AdapterSection(name="lora", rank=4, targets=["all-linear"], dropout=0.1, **method)
+    saving, loading = (
+        with_checkpoints(recipe_for(model_folder, layout(place), adapter=adapter), tmp_path)
+        for place in ("TP2 PP2", other)
+    )
+    saved, loaded = saved_and_loaded(saving, loading)
+    before, after = assemble([rank[0] for rank in saved]), assemble([rank[0] for rank in loaded])
+    assert {key.split(".")[0] for key in before} == {"adapters", "optimizer"}  # not the frozen model
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    if other == "TP2 PP2":  # dropout too: at another layout its masks are others
+        assert [rank[2] for rank in loaded] == [rank[2] for rank in saved]
+
+
+def test_a_layout_is_compared_as_it_was_written() -> None:
+    section = ParallelSection(cp=4, cp_comm_type="a2a+p2p", hierarchical_cp=[2, 2])
+    record = resolve(section, world_size=None).record()
+    assert json.loads(json.dumps(record)) == record
 
 
 @pytest.mark.slow
