@@ -75,21 +75,28 @@ def _make_peft_folder(model: Path, folder: Path, method: dict[str, Any], targets
     adapted.save_pretrained(folder)
 
 
-def _peft_run(model: Path, folder: Path) -> tuple[float, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Loss and adapter gradients by PEFT in float64, each document alone; and the adapters after three AdamW steps."""
+def _peft_run(
+    model: Path, folder: Path, ratio: float
+) -> tuple[float, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Loss and adapter gradients by PEFT in float64, each document alone; and the adapters after three AdamW steps.
+
+    `ratio`: LoRA+'s, of the B matrices' learning rate to that of the others.
+    """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager")
     adapted: Any = PeftModel.from_pretrained(base, str(folder), is_trainable=True).double().eval()
     trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-    decayed = [p for p in trained.values() if p.dim() > 1]
-    plain = [p for p in trained.values() if p.dim() == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}],
-        lr=LEARNING_RATE,
-        betas=(0.9, 0.95),
-    )
+    groups = [
+        {
+            "params": [parameter],
+            "weight_decay": 0.1 if parameter.dim() > 1 else 0.0,
+            "lr": LEARNING_RATE * (ratio if "lora_B" in name else 1.0),
+        }
+        for name, parameter in trained.items()
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     first: tuple[float, dict[str, torch.Tensor]] | None = None
     for _ in range(STEPS):
         optimizer.zero_grad()
@@ -119,8 +126,8 @@ def _plain(name: str) -> str:
 
 
 @functools.cache
-def expected(model: Path, folder: Path) -> Any:
-    return run_ranks(_peft_run, 1, model, folder)[0]
+def expected(model: Path, folder: Path, ratio: float = 1.0) -> Any:
+    return run_ranks(_peft_run, 1, model, folder, ratio)[0]
 
 
 # --- here -------------------------------------------------------------------------------------------------------------
@@ -153,9 +160,9 @@ def lora_rank(recipe: Recipe) -> tuple[list[float], dict[str, torch.Tensor], dic
     return losses, gradients, {name: tensor.clone() for name, tensor in whole_tensors(model.chunks)}
 
 
-def lora_run(model: Path, folder: Path, layout: ParallelSection, **recipe: Any) -> Any:
-    adapter = AdapterSection(name="lora", path=str(folder))
-    wanted = recipe_for(model, layout, adapter=adapter, learning_rate=LEARNING_RATE, **recipe)
+def lora_run(model: Path, folder: Path, layout: ParallelSection, *, ratio: float = 1.0) -> Any:
+    adapter = AdapterSection(name="lora", path=str(folder), learning_rate_ratio=ratio)
+    wanted = recipe_for(model, layout, adapter=adapter, learning_rate=LEARNING_RATE)
     ranks = run_ranks(lora_rank, parallel.resolve(layout, world_size=None).world_size, wanted)
     return ranks[0][0], merge([rank[1] for rank in ranks]), merge([rank[2] for rank in ranks])
 
@@ -191,6 +198,19 @@ def test_as_peft(models: Any, variant: str, method: str, layout: str) -> None:
     assert losses[0] == pytest.approx(loss, rel=1e-6)
     assert_close(found, gradients)
     assert_close(then, trained)
+
+
+@pytest.mark.parametrize(
+    "layout", [pytest.param("DP2", marks=pytest.mark.slow), pytest.param("TP2xPP2", marks=pytest.mark.nightly)]
+)
+def test_lora_plus(models: Any, layout: str) -> None:
+    model = models("qwen3")
+    folder = peft_folder(model, model.parent / "qwen3-lora", "lora", ALL)
+    _, _, trained = expected(model, folder, ratio=8.0)
+    _, _, found = lora_run(model, folder, LAYOUTS[layout], ratio=8.0)
+    assert_close(found, trained)
+    _, _, plain = expected(model, folder)
+    assert not all(torch.allclose(plain[name], trained[name], rtol=1e-4) for name in trained)
 
 
 @pytest.mark.slow
