@@ -52,10 +52,11 @@ def test_forward_is_a_third():
 
 
 def test_frozen_weights_take_two_products_of_three():
-    sizes = {"tokens": 4096, "sum_squared_lengths": 0}
-    assert 3 * training_flops(QWEN3_8B_OF_8_LAYERS, **sizes, frozen=True) == 2 * training_flops(
-        QWEN3_8B_OF_8_LAYERS, **sizes
+    trained, frozen = (
+        training_flops(QWEN3_8B_OF_8_LAYERS, tokens=4096, sum_squared_lengths=0, frozen=frozen)
+        for frozen in (False, True)
     )
+    assert 3 * frozen == 2 * trained > 0
 
 
 @pytest.mark.parametrize(("family", "gated"), [("llama", True), ("gpt_neox", False)])
