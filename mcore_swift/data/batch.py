@@ -8,6 +8,36 @@ import torch
 
 
 @dataclass(frozen=True)
+class Sequences:
+    """The answers of a micro-batch that an objective scores one by one: n of them, n may be 0.
+
+    index: int64 [b, s], the number of the answer that a position's label belongs to, −1 where no label counts (a
+    prompt's, padding's). A context parallel rank's part has s / cp positions and the numbers of the whole.
+    Pairs: answer 2i is the preferred one of pair i, answer 2i + 1 the other.
+    desirable: bool [n], for answers that are judged one by one; None for pairs.
+    probe: bool [n], answers to other rows' prompts, which only serve to estimate a divergence; None: there are none.
+    margin: float32 [n / 2], by how much the preferred answer is better; None: unknown.
+    weight: float32 [n], an answer's weight in the loss; None: 1.
+    row: int64 [n], the answer's row in its data set, to name it in messages.
+    """
+
+    index: torch.Tensor
+    row: torch.Tensor
+    desirable: torch.Tensor | None = None
+    probe: torch.Tensor | None = None
+    margin: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+
+    @property
+    def n(self) -> int:
+        return len(self.row)
+
+    def to(self, device: torch.device) -> Sequences:
+        moved = {k: None if v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()}
+        return Sequences(**moved)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Tokens already shifted: `labels[b, s]` is the token that follows `tokens[b, s]`.
 
@@ -17,6 +47,7 @@ class MicroBatch:
     Where the loss mask is 0 the label is 0 (a valid index).
 
     `real`: bool [b, s], false for padding, which experts' loads don't count; None: there is no padding.
+    `sequences`: for objectives that compare answers; None for those that only count labels.
 
     A context parallel rank's part (`context_split.part_of`) has s / cp positions, and the `cu_seqlens` of the whole.
     """
@@ -28,6 +59,7 @@ class MicroBatch:
     cu_seqlens: torch.Tensor | None = None
     max_seqlen: int | None = None
     real: torch.Tensor | None = None
+    sequences: Sequences | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         def move(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -41,4 +73,5 @@ class MicroBatch:
             cu_seqlens=move(self.cu_seqlens),
             max_seqlen=self.max_seqlen,
             real=move(self.real),
+            sequences=None if self.sequences is None else self.sequences.to(device),
         )
