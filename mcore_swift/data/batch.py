@@ -18,7 +18,8 @@ class Sequences:
     probe: bool [n], answers to other rows' prompts, which only serve to estimate a divergence; None: there are none.
     margin: float32 [n / 2], by how much the preferred answer is better; None: unknown.
     weight: float32 [n], an answer's weight in the loss; None: 1.
-    row: int64 [n], the answer's row in its data set, to name it in messages.
+    row: int64 [n], the answer's row in its data set, to name it in messages (the loader's `row_name`).
+    ref_logps: float32 [n], Σ log p of the answer's labels under the reference, computed beforehand; None: it wasn't.
     """
 
     index: torch.Tensor
@@ -27,6 +28,7 @@ class Sequences:
     probe: torch.Tensor | None = None
     margin: torch.Tensor | None = None
     weight: torch.Tensor | None = None
+    ref_logps: torch.Tensor | None = None
 
     @property
     def n(self) -> int:

@@ -8,12 +8,15 @@ token of a causal model sees what follows it, so the padded boundaries are all t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from mcore_swift.data.batch import MicroBatch
+from mcore_swift.data.batch import MicroBatch, Sequences
+
+NO_ANSWER = -1  # in Sequences.index: the position belongs to no answer
 
 
 def zigzag(cu_seqlens: Tensor, *, size: int, rank: int) -> Tensor:
@@ -42,8 +45,8 @@ def pad_documents(batch: MicroBatch, multiple: int) -> MicroBatch:
     starts = (boundaries[:-1] - batch.cu_seqlens[:-1]).repeat_interleave(lengths)
     index = torch.arange(starts.numel(), device=starts.device) + starts  # where each old position goes
 
-    def spread(values: Tensor) -> Tensor:
-        return values.new_zeros(1, int(boundaries[-1])).index_copy_(1, index, values)
+    def spread(values: Tensor, fill: int = 0) -> Tensor:
+        return values.new_full((1, int(boundaries[-1])), fill).index_copy_(1, index, values)
 
     return MicroBatch(
         tokens=spread(batch.tokens),
@@ -53,6 +56,7 @@ def pad_documents(batch: MicroBatch, multiple: int) -> MicroBatch:
         cu_seqlens=boundaries,
         max_seqlen=int(padded.max()),
         real=None if batch.real is None else spread(batch.real),
+        sequences=_with_index(batch.sequences, lambda values: spread(values, NO_ANSWER)),
     )
 
 
@@ -63,8 +67,8 @@ def lengthen(batch: MicroBatch, length: int) -> MicroBatch:
     if missing == 0:
         return batch
 
-    def extend(values: Tensor) -> Tensor:
-        return torch.nn.functional.pad(values, (0, missing))
+    def extend(values: Tensor, fill: int = 0) -> Tensor:
+        return torch.nn.functional.pad(values, (0, missing), value=fill)
 
     return MicroBatch(
         tokens=extend(batch.tokens),
@@ -74,6 +78,7 @@ def lengthen(batch: MicroBatch, length: int) -> MicroBatch:
         cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens.new_tensor([length])]),
         max_seqlen=max(batch.max_seqlen, missing),
         real=None if batch.real is None else extend(batch.real),
+        sequences=_with_index(batch.sequences, lambda values: extend(values, NO_ANSWER)),
     )
 
 
@@ -90,4 +95,10 @@ def part_of(batch: MicroBatch, *, size: int, rank: int) -> MicroBatch:
         loss_mask=batch.loss_mask[:, positions],
         position_ids=batch.position_ids[:, positions],
         real=None if batch.real is None else batch.real[:, positions],
+        sequences=_with_index(batch.sequences, lambda values: values[:, positions]),
     )
+
+
+def _with_index(sequences: Sequences | None, change: Callable[[Tensor], Tensor]) -> Sequences | None:
+    """The sequences with `change` applied to what they say of each position; what they say of answers stays."""
+    return None if sequences is None else replace(sequences, index=change(sequences.index))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from mcore_swift.data.batch import MicroBatch
+from mcore_swift.data.batch import MicroBatch, Sequences
 from mcore_swift.data.context_split import lengthen, pad_documents, part_of, sequence_order, zigzag
 
 
@@ -101,3 +103,43 @@ def test_rows_are_cut_alike() -> None:
 def test_lengths_that_cannot_be_cut_are_our_own_mistake() -> None:
     with pytest.raises(AssertionError, match="4 chunks"):
         zigzag(bounds([8, 6]), size=2, rank=0)
+
+
+def with_answers(lengths: list[int]) -> MicroBatch:
+    """Documents of which each is an answer: its labels count from the second position on, but for the last one."""
+    batch = packed(lengths)
+    index = torch.full_like(batch.tokens, -1)
+    for number, (start, length) in enumerate(zip(bounds(lengths).tolist(), lengths, strict=False)):
+        index[0, start + 1 : start + length - 1] = number
+    mask = (index >= 0).float()
+    return replace(batch, loss_mask=mask, sequences=Sequences(index=index, row=torch.arange(len(lengths)) + 50))
+
+
+def test_answers_keep_their_labels_in_padding_and_parts() -> None:
+    batch = with_answers([5, 8, 3])
+    longer = lengthen(pad_documents(batch, 4), 24)
+    parts = [part_of(longer, size=2, rank=rank) for rank in range(2)]
+    for found in (longer, *parts):
+        assert found.sequences is not None and found.sequences.row.tolist() == [50, 51, 52]
+        assert found.sequences.index.dtype == torch.int64 and found.sequences.index.shape == found.tokens.shape
+        assert (found.sequences.index >= 0).equal(found.loss_mask.bool())
+    assert batch.sequences is not None and longer.sequences is not None
+
+    def labels(*batches: MicroBatch) -> list[tuple[int, int]]:
+        """(answer, label) of each position with one."""
+        pairs = [(b.sequences.index[0], b.labels[0]) for b in batches if b.sequences is not None]
+        return sorted((int(i), int(t)) for index, found in pairs for i, t in zip(index, found, strict=True) if i >= 0)
+
+    assert labels(longer) == labels(batch) == labels(*parts) and len(labels(batch)) == 3 + 6 + 1
+    assert {int(i) for i in longer.sequences.index[0, 5:8]} == {-1} and {
+        int(i) for i in longer.sequences.index[0, 20:]
+    } == {-1}
+
+
+def test_answers_move_with_their_batch() -> None:
+    whole = with_answers([4]).sequences
+    assert whole is not None
+    full = replace(whole, ref_logps=torch.ones(1), weight=torch.ones(1), probe=torch.ones(1, dtype=torch.bool))
+    moved = full.to(torch.device("meta"))
+    assert all(value is None or value.device.type == "meta" for value in vars(moved).values())
+    assert {name for name, value in vars(moved).items() if value is None} == {"desirable", "margin"}
