@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,6 +105,32 @@ def attach(
         chunk.adapters = Adapters(branches)
         _make_first_activation_differentiable(chunk)
     return names
+
+
+@contextlib.contextmanager
+def disabled(models: Sequence[nn.Module]) -> Iterator[None]:
+    """The base model, bit for bit, for as long as the context lasts; without gradients, and without adapters' dropout.
+
+    `models`: this rank's chunks, wrapped or not. Not collective, but every rank of a pipeline has to do the same. After
+    PiSSA, which has changed the weights, the adapters are what they started with: the base model but for rounding.
+    """
+    found = [module for model in models for module in model.modules() if isinstance(module, Adapters)]
+    assert found, "the model has no adapters"
+    branches: list[Any] = [branch for adapters in found for branch in adapters.branches if branch.enabled]
+    starts = [(t.parameter, t.start) for adapters in found for t in adapters.tensors() if t.start is not None]
+    trained = [parameter.data for parameter, _ in starts]
+    try:
+        for branch in branches:
+            branch.enable(False)
+        for parameter, start in starts:
+            parameter.data = start
+        with torch.no_grad():
+            yield
+    finally:
+        for branch in branches:
+            branch.enable(True)
+        for (parameter, _), data in zip(starts, trained, strict=True):
+            parameter.data = data
 
 
 def _check_site(rank: int, site: Site) -> None:

@@ -71,6 +71,7 @@ class LoraBranch(nn.Module):
         super().__init__()
         self.site, self.parts, self.settings, self.group = site, parts, settings, group
         self.sequence_parallel = sequence_parallel and not site.expert
+        self.enabled = True
         weight = site.weight
         self.lora_A, self.lora_B, self.magnitude = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         self.start: dict[str, tuple[Tensor, Tensor]] = {}  # PiSSA: the A and B that were taken out of W
@@ -85,8 +86,7 @@ class LoraBranch(nn.Module):
             for part in parts:
                 rows = site.rows_of(part, norms).reshape(-1)
                 self.magnitude[part.leaf] = self._parameter(rows, split=0 if site.split == "rows" else None)
-        if hasattr(site.module, "layer_norm_weight"):  # Transformer Engine's fused norm: A wants what comes out of it
-            site.module.return_layernorm_output = True  # type: ignore[assignment]
+        self.enable(True)
         site.module.register_forward_hook(self._hook)
 
     # --- forward ------------------------------------------------------------------------------------------------------
@@ -96,7 +96,17 @@ class LoraBranch(nn.Module):
         inputs = args[0]
         if isinstance(out, tuple):
             out, inputs = out
-        return self.adapted(inputs, out), bias
+        return (self.adapted(inputs, out) if self.acts else out), bias
+
+    @property
+    def acts(self) -> bool:
+        """Whether the layer's output is changed: where PiSSA has changed the weights, even without the adapter."""
+        return self.enabled or bool(self.start)
+
+    def enable(self, enabled: bool) -> None:
+        self.enabled = enabled
+        if hasattr(self.site.module, "layer_norm_weight"):  # Transformer Engine's fused norm: A wants what comes out
+            self.site.module.return_layernorm_output = self.acts  # type: ignore[assignment]
 
     def adapted(self, inputs: Tensor, out: Tensor) -> Tensor:
         """inputs [..., in / tp], out [..., rows / tp] of the layer → out with the adapters' part."""
@@ -104,9 +114,7 @@ class LoraBranch(nn.Module):
         if self.site.split != "none" and not self.site.expert:
             low = self._exchanged(low)
         if not self.settings.dora:
-            flat = torch.addmm(
-                out.flatten(0, -2), low.flatten(0, -2), self._all_b().t(), alpha=self.settings.scaling
-            )
+            flat = torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self._all_b().t(), alpha=self.settings.scaling)
             return flat.view(out.shape)
         scale, own_bias = self._dora_scale(), self._own_bias()
         bare = out if own_bias is None else out - own_bias
@@ -115,7 +123,7 @@ class LoraBranch(nn.Module):
         return result if own_bias is None else result + own_bias
 
     def _dropped(self, inputs: Tensor) -> Tensor:
-        if not (self.training and self.settings.dropout):
+        if not (self.training and self.enabled and self.settings.dropout):
             return inputs
         from megatron.core.tensor_parallel import get_cuda_rng_tracker
 

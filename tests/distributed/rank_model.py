@@ -259,34 +259,38 @@ def logits(recipe: Recipe, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
 
 
 def _logits_rank(recipe: Recipe, batches: list[MicroBatch]) -> list[torch.Tensor]:
+    model = open_model(recipe)
+    for chunk in model.models:
+        chunk.eval()
+    with torch.no_grad():
+        return model_logits(model, batches)
+
+
+def model_logits(model: Any, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+    """Logits of each micro-batch on the last stage's ranks, nothing elsewhere. Collective."""
     import torch.distributed as dist
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from mcore_swift.training.step import packed_params
-
-    model = open_model(recipe)
 
     def forward_step(iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(iterator)
         output = chunk(batch.tokens, batch.position_ids, None, packed_seq_params=packed_params(batch))
         return output, lambda output, **_: output
 
-    for chunk in model.models:
-        chunk.eval()
-    with torch.no_grad():
-        parts = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=model.models[0],
-            num_microbatches=len(batches),
-            seq_length=batches[0].tokens.size(1),
-            micro_batch_size=batches[0].tokens.size(0),
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
+    parts = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iter(batches),
+        model=model.models[0],
+        num_microbatches=len(batches),
+        seq_length=batches[0].tokens.size(1),
+        micro_batch_size=batches[0].tokens.size(0),
+        forward_only=True,
+        collect_non_loss_data=True,
+    )
     wholes = []
     for part in parts:  # none but on the last stage
-        shards = [torch.empty_like(part) for _ in range(recipe.parallel.tp)]
+        shards = [torch.empty_like(part) for _ in range(dist.get_world_size(parallel.tp_group()))]
         dist.all_gather(shards, part.contiguous(), group=parallel.tp_group())
         wholes.append(torch.cat(shards, dim=-1)[..., : model.source.vocab_size])
     return wholes
