@@ -33,6 +33,13 @@ class ModelSection(_Strict):
     overrides: dict[str, object] = field(default_factory=dict)  # config.json keys to change; needs init: random
     tokenizer: str | None = None  # folder with the tokenizer; default: model.path
     mtp_loss_scale: float = 0.0  # weight of multi-token prediction's loss (0.1 is usual); 0: its layers are only kept
+    trainable: list[str] = field(default_factory=list)  # train these alone: Hugging Face names, globs; []: everything
+    freeze: list[str] = field(default_factory=list)  # and leave these as they are: model.embed_tokens, model.layers.0.*
+
+    @property
+    def partly_frozen(self) -> bool:
+        """Whether a part of the model stays as it is."""
+        return bool(self.trainable or self.freeze)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +121,8 @@ class OptimizerSection(_Strict):
     exp_avg_dtype: Literal["fp32", "bf16"] = "fp32"  # adam's mean gradients
     exp_avg_sq_dtype: Literal["fp32", "bf16"] = "fp32"  # adam's mean squared gradients
     offload_fraction: float = 0.0  # share of adam's states that is held, and updated, by the CPU
+    lisa_layers: int | None = None  # LISA: train this many decoder layers at a time, and all outside of them; None: all
+    lisa_interval: int = 20  # LISA: steps until other layers are drawn
     muon_momentum: float = 0.95  # muon's decay of the mean gradient
     muon_nesterov: bool = False  # muon: Nesterov's momentum
     muon_steps: int = 5  # Newton-Schulz iterations

@@ -26,6 +26,7 @@ from mcore_swift.pipeline import bubble_fraction, imbalance, written
 from mcore_swift.recipe import Recipe
 from mcore_swift.recipe_checks import RECIPE_RULES, check_recipe
 from mcore_swift.recipe_checks.job import BATCHES, JOB, Batches
+from mcore_swift.recipe_checks.lisa import LISA_LAYERS
 from mcore_swift.recipe_checks.table import explained, refuse
 from perf.parameters import Parameters, RankBytes, model_parameters, rank_bytes, stage_parameters
 
@@ -229,7 +230,7 @@ def _built_lines(outline: Outline, built: dict[str, Any] | None) -> list[str]:
 
 
 def _print_rules(as_json: bool) -> None:
-    rules = explained([*RECIPE_RULES, *JOB, *BATCHES, *MODEL_RULES, *EXPERT_RULES, *LEVER_RULES])
+    rules = explained([*RECIPE_RULES, *JOB, *BATCHES, *LISA_LAYERS, *MODEL_RULES, *EXPERT_RULES, *LEVER_RULES])
     if as_json:
         print(json.dumps(rules, indent=2, ensure_ascii=False))
         return

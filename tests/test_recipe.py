@@ -289,6 +289,16 @@ CONTRADICTIONS = [
     ("--adapter.name lora --moe.expert_bias_update_rate 0.001", "it changes the frozen model's correction biases"),
     ("--adapter.name lora --model.mtp_loss_scale 0.1", "multi-token prediction are frozen"),
     ("--adapter.name lora --optimizer.name muon --optimizer.distributed false", "muon's updates are proved"),
+    ("--model.freeze [lm_head] --adapter.name lora", "adapter.name: lora freezes the whole model already"),
+    ("--model.trainable [lm_head] --optimizer.fsdp megatron", "proved for a model in parts"),
+    ("--model.freeze [lm_head] --moe.expert_bias_update_rate 0.1", "biases of frozen layers would change, too"),
+    ("--optimizer.lisa_interval 5", "optimizer.lisa_interval: 5 does nothing without optimizer.lisa_layers"),
+    ("--optimizer.lisa_layers 0", "optimizer.lisa_layers: found 0; it must be at least 1"),
+    ("--optimizer.lisa_layers 2 --adapter.name lora", "LISA decides itself what is trained"),
+    ("--optimizer.lisa_layers 2 --optimizer.name sgd --optimizer.distributed false", "LISA is proved with adam"),
+    ("--optimizer.lisa_layers 2 --optimizer.offload_fraction 1.0", "proved for states in fp32 on the device alone"),
+    ("--optimizer.lisa_layers 2 --runtime.overlap true", "a gradient's reduction starts when all of a bucket's"),
+    ("--optimizer.lisa_layers 2 --model.mtp_loss_scale 0.1", "would change in every step"),
     ("--runtime.recompute_layers 2", "it is used by runtime.recompute: full only, found none"),
 ]
 

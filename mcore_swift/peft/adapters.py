@@ -103,7 +103,7 @@ def attach(
             sequence_parallel = chunk.config.sequence_parallel
             branches.append(LoraBranch(site, parts, settings, group=group, sequence_parallel=sequence_parallel))
         chunk.adapters = Adapters(branches)
-        _make_first_activation_differentiable(chunk)
+        make_first_activation_differentiable(chunk)
     return names
 
 
@@ -147,7 +147,7 @@ def _check_site(rank: int, site: Site) -> None:
             )
 
 
-def _make_first_activation_differentiable(chunk: Any) -> None:
+def make_first_activation_differentiable(chunk: Any) -> None:
     """A recomputed layer whose inputs need no gradient gets none, and neither would the adapters in it."""
 
     def needs_gradient(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,10 @@ from mcore_swift.recipe import Recipe
 from mcore_swift.recipe_checks.adapter import ADAPTER
 from mcore_swift.recipe_checks.bounds import BOUNDS
 from mcore_swift.recipe_checks.data import DATA
+from mcore_swift.recipe_checks.freezing import FREEZING
 from mcore_swift.recipe_checks.layout import LAYOUT
 from mcore_swift.recipe_checks.levers import LEVERS
+from mcore_swift.recipe_checks.lisa import LISA
 from mcore_swift.recipe_checks.moe import EXPERTS
 from mcore_swift.recipe_checks.optimizer import OPTIMIZER
 from mcore_swift.recipe_checks.outputs import OUTPUTS
@@ -32,6 +34,8 @@ RECIPE_RULES: list[Row[Recipe]] = [
     *LEVERS,
     *OPTIMIZER,
     *EXPERTS,
+    *FREEZING,
+    *LISA,
     *ADAPTER,
     *OUTPUTS,
 ]

@@ -14,7 +14,7 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], str]] = [
         "parallel.first_stage_layers parallel.last_stage_layers "
         "schedule.steps schedule.global_batch_size schedule.micro_batch_size schedule.decay_steps "
         "schedule.eval_batches logging.interval runtime.ranks runtime.threads runtime.recompute_layers "
-        "optimizer.muon_steps adapter.rank",
+        "optimizer.muon_steps optimizer.lisa_layers optimizer.lisa_interval adapter.rank",
     ),
     (
         "at least 0",

@@ -204,7 +204,7 @@ class CheckpointManager:
                 save.error = _os_error(error) or RuntimeError(traceback.format_exc())
 
         thread = threading.Thread(target=work, name="checkpoint", daemon=True)
-        step = optimizer_state.get_step(optimizer) if self.section.optimizer else None
+        step = _largest(optimizer_state.get_step(optimizer)) if self.section.optimizer else None
         save = self._pending = _Save(state, folder, write, step, thread)
         thread.start()
         if not self.section.asynchronous:
@@ -334,6 +334,16 @@ def _all_ranks(value: bool) -> bool:
     flag = torch.tensor(int(value), device=torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu")
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag.item())
+
+
+def _largest(value: int) -> int:
+    """Over all ranks. A rank with nothing to train has no optimizer that could count its updates."""
+    import torch
+    import torch.distributed as dist
+
+    found = torch.tensor(value, device=torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found.item())
 
 
 def _together(work: Callable[[], Any]) -> Any:

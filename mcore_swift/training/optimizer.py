@@ -156,6 +156,10 @@ def build_optimizer(models: Sequence[DistributedDataParallel], recipe: Recipe, *
     overrides = get_standard_config_overrides(config)
     if recipe.adapter.learning_rate_ratio != 1:  # LoRA+ (Hayou et al. 2024, arXiv:2402.12354)
         overrides[ParamKey(name="*.lora_B.*")] = cast(Any, {"lr_mult": recipe.adapter.learning_rate_ratio})
+    if recipe.optimizer.lisa_layers is not None:
+        from mcore_swift.training.lisa import layer_groups
+
+        overrides |= cast(Any, layer_groups([cast(Any, model).module for model in models]))
     return get_megatron_optimizer(config, list(models), overrides, use_gloo_process_groups=gloo)  # type: ignore[arg-type]
 
 

@@ -89,9 +89,9 @@ def _shards(part: ShardedTensor, state: ParameterState, key: str, flat: Tensor) 
 
 
 def _states(optimizer: Any) -> Iterator[ParameterState]:
-    for member in _members(optimizer):
+    for member in members(optimizer):
         _initialize(member)
-        for parameter, main, start, sharded in _main_parameters(member):
+        for parameter, main, start, sharded in main_parameters(member):
             state = ParameterState(parameter, start, start + main.numel(), sharded)
             _fill(state, member, main)
             yield state
@@ -146,7 +146,8 @@ def split_remainder(high: Tensor, whole: Tensor) -> Tensor:
     return low.clamp(-(2**15), 2**15 - 1).to(torch.int16)
 
 
-def _members(optimizer: Any) -> list[Any]:
+def members(optimizer: Any) -> list[Any]:
+    """Megatron's optimizers that this rank has parameters in: one of dense ones, one of experts."""
     members = getattr(optimizer, "chained_optimizers", [optimizer])
     return [member for member in members if not member.is_stub_optimizer]
 
@@ -166,7 +167,7 @@ def _initialize(member: Any) -> None:
         _initialize_adam(member.optimizer)
     elif member.init_state_fn is not None:
         member.init_state_fn(member.optimizer, member.config)
-        if _is_torch(member.optimizer):
+        if is_torch(member.optimizer):
             for state in member.optimizer.state.values():
                 state.setdefault("step", torch.tensor(0.0))
     else:
@@ -178,7 +179,7 @@ def _initialize_adam(inner: Any) -> None:
         state = inner.state[parameter]
         if state:
             continue
-        if _is_torch(inner):
+        if is_torch(inner):
             data = parameter.data
             state |= {
                 "step": torch.tensor(0.0),
@@ -197,7 +198,7 @@ def _initialize_sgd(inner: Any) -> None:
                 inner.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.data)
 
 
-def _main_parameters(member: Any) -> Iterator[tuple[Tensor, Tensor, int, bool]]:
+def main_parameters(member: Any) -> Iterator[tuple[Tensor, Tensor, int, bool]]:
     """(parameter of the model, tensor that the inner optimizer updates for it, its first element, is it a shard)."""
     if hasattr(member, "gbuf_ranges"):  # DistributedOptimizer
         for buckets in (buckets for ranges in member.gbuf_ranges for buckets in ranges.values()):
@@ -217,7 +218,7 @@ def _main_parameters(member: Any) -> Iterator[tuple[Tensor, Tensor, int, bool]]:
 def get_step(optimizer: Any) -> int:
     """How many updates the optimizer has made (Adam's bias correction depends on it)."""
     steps = [0]
-    for inner in (inner for member in _members(optimizer) for inner in _inner(member)):
+    for inner in (inner for member in members(optimizer) for inner in _inner(member)):
         steps += [int(state["step"]) for state in inner.state.values() if "step" in state]
         steps += [int(group["step"]) for group in inner.param_groups if "step" in group]
     return max(steps)
@@ -228,9 +229,9 @@ def set_step(optimizer: Any, step: int) -> None:
 
     Optimizers without Adam's moments (SGD, Muon) don't count.
     """
-    for inner in (inner for member in _members(optimizer) for inner in _inner(member)):
+    for inner in (inner for member in members(optimizer) for inner in _inner(member)):
         adam = [state for state in inner.state.values() if "exp_avg" in state]
-        if _is_torch(inner):
+        if is_torch(inner):
             for state in adam:
                 state["step"] = torch.tensor(float(step))
         elif adam:
@@ -238,5 +239,6 @@ def set_step(optimizer: Any, step: int) -> None:
                 group["step"] = step
 
 
-def _is_torch(inner: Any) -> bool:
+def is_torch(inner: Any) -> bool:
+    """Whether an optimizer is one of torch's, which count updates for each parameter, in place of each group."""
     return type(inner).__module__.startswith("torch.optim")

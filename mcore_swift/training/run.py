@@ -10,12 +10,15 @@ from mcore_swift import rank_env
 from mcore_swift.errors import InputError
 from mcore_swift.models.build import ModelSource, check_layout, read_source
 from mcore_swift.models.experts import check_experts
+from mcore_swift.models.keys import weight_rules
 from mcore_swift.models.lever_rules import check_levers
 from mcore_swift.parallel import ParallelPlan, resolve
+from mcore_swift.peft.freezing import frozen_tensors
 from mcore_swift.platform import Platform, select
 from mcore_swift.ranks import launch
 from mcore_swift.recipe import Recipe
 from mcore_swift.recipe_checks.job import BATCHES, Batches
+from mcore_swift.recipe_checks.lisa import LISA_LAYERS, Layers
 from mcore_swift.recipe_checks.table import refuse
 from mcore_swift.training.levers import environment
 
@@ -29,6 +32,9 @@ def run(recipe: Recipe) -> int:
     check_experts(source, plan, recipe.moe, device=platform.name)
     check_levers(recipe, plan, source, on_cpu=platform.name == "cpu")
     check_micro_batches(recipe, plan)
+    refuse(LISA_LAYERS, Layers(recipe, source.config.num_hidden_layers))
+    if recipe.model.partly_frozen:
+        frozen_tensors(weight_rules(source), recipe.model)
 
     for name, value in environment(recipe).items():
         os.environ.setdefault(name, value)

@@ -12,6 +12,7 @@ from mcore_swift.models.build import ModelSource, build_chunks, tensor_rules, tr
 from mcore_swift.models.experts import expert_fields
 from mcore_swift.models.sizes import decoder_shape
 from mcore_swift.parallel import ParallelPlan
+from mcore_swift.peft import freezing
 from mcore_swift.platform import Platform
 from mcore_swift.recipe import Recipe
 from mcore_swift.training import adapters, checkpoint, levers
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
     from mcore_swift.models.layers import DecoderModel
+    from mcore_swift.training.lisa import LayerSampling
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class TrainingModel:
     optimizer: MegatronOptimizer
     entries: Mapping[str, Spec] | None  # the source folder's tensors, when the weights came from one
     num_parameters: int
+    sampling: LayerSampling | None = None  # LISA's
 
     @property
     def shape(self) -> DecoderShape:
@@ -77,11 +80,32 @@ def build(recipe: Recipe, source: ModelSource, plan: ParallelPlan, platform: Pla
     rules = tensor_rules(source, config)
     entries = load_weights(recipe, source, chunks, rules)
     num_parameters = _count(rules, chunks, source)
+    if recipe.model.partly_frozen:
+        frozen = freezing.frozen_tensors(rules, recipe.model)
+        freezing.freeze(chunks, frozen, recomputed=recipe.runtime.recompute != "none")
     adapters.prepare(recipe, chunks, rules)
-    models = wrap_chunks(chunks, config, recipe, plan, overlap=overlap)
+    # LISA: a bucket whose parameters don't all get a gradient can't be reduced before the end of the backward pass.
+    models = wrap_chunks(chunks, config, recipe, plan, overlap=overlap and recipe.optimizer.lisa_layers is None)
     optimizer = build_optimizer(models, recipe, bf16=dtype == torch.bfloat16)
     connect(config, models, optimizer)
-    return TrainingModel(source, config, rules, chunks, models, optimizer, entries, num_parameters)
+    sampling = layer_sampling(recipe, chunks, optimizer)
+    return TrainingModel(source, config, rules, chunks, models, optimizer, entries, num_parameters, sampling)
+
+
+def layer_sampling(recipe: Recipe, chunks: list[DecoderModel], optimizer: MegatronOptimizer) -> LayerSampling | None:
+    """What draws the layers that are trained, if the recipe wants LISA."""
+    if recipe.optimizer.lisa_layers is None:
+        return None
+    from mcore_swift.training.lisa import LayerSampling
+
+    return LayerSampling(
+        chunks,
+        optimizer,
+        num_layers=chunks[0].config.num_layers,
+        count=recipe.optimizer.lisa_layers,
+        interval=recipe.optimizer.lisa_interval,
+        seed=recipe.runtime.seed,
+    )
 
 
 def load_weights(

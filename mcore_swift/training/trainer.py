@@ -206,6 +206,8 @@ class Trainer:
         begin = time.perf_counter()
         rate = learning_rate(self.step, schedule=self.recipe.schedule, total_steps=self.total_steps)
         set_learning_rate(self.model.optimizer, rate, self.recipe.optimizer.weight_decay)
+        if self.model.sampling is not None:
+            self.model.sampling.begin(self.step)
         batches = self.train_loader.micro_batches(self.step)
         with self._profiled():
             result = train_step(self.model.models, self.model.optimizer, batches, self.objective, self.device)
@@ -279,7 +281,9 @@ class Trainer:
         export(self.model.chunks, self.model.rules, self.source, folder / "hf", dtype=self.model.export_dtype)
 
     def _flops(self, tokens: int, squares: int) -> int:
-        frozen = self.recipe.adapter.name != "none"
+        recipe = self.recipe
+        # What is trained of a model in parts is not counted: the speed that is shown is never too high.
+        frozen = recipe.adapter.name != "none" or recipe.model.partly_frozen or recipe.optimizer.lisa_layers is not None
         return training_flops(self.model.shape, tokens=tokens, sum_squared_lengths=squares, frozen=frozen)
 
     # --- reporting ----------------------------------------------------------------------------------------------------

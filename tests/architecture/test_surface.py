@@ -23,7 +23,7 @@ VERBS = {
 }
 
 KEYS = {
-    "model": "path init overrides tokenizer mtp_loss_scale",
+    "model": "path init overrides tokenizer mtp_loss_scale trainable freeze",
     "data": "train validation validation_split format packing sequence_length too_long shuffle streaming cache_dir "
     "chat_template",
     "parallel": "tp pp vpp cp cp_comm_type hierarchical_cp ep etp dp sequence_parallel pipeline_layout "
@@ -31,8 +31,8 @@ KEYS = {
     "objective": "name",
     "adapter": "name path targets rank alpha dropout rslora dora init learning_rate_ratio merge",
     "optimizer": "name weight_decay beta1 beta2 eps clip_grad distributed fsdp main_params exp_avg_dtype "
-    "exp_avg_sq_dtype offload_fraction muon_momentum muon_nesterov muon_steps muon_coefficients muon_scale "
-    "muon_extra_scale muon_precision",
+    "exp_avg_sq_dtype offload_fraction lisa_layers lisa_interval muon_momentum muon_nesterov muon_steps "
+    "muon_coefficients muon_scale muon_extra_scale muon_precision",
     "schedule": "steps epochs global_batch_size micro_batch_size learning_rate min_learning_rate warmup_steps decay "
     "decay_steps eval_interval eval_batches",
     "precision": "dtype fp8 fp8_format fp8_param_gather",

@@ -63,6 +63,8 @@ class Run:
         results = []
         for _ in range(steps):
             set_learning_rate(self.model.optimizer, 1e-2 / (1 + self.step), 0.1)
+            if self.model.sampling is not None:
+                self.model.sampling.begin(self.step)
             first = self.step % len(everything)
             batches = everything[first:] + everything[:first]
             result = train_step(self.model.models, self.model.optimizer, batches, OBJECTIVES["sft"], CPU)
@@ -145,8 +147,8 @@ def load_rank(recipe: Recipe, more: int = 2) -> Any:
     return run.shards(), random_states(), run.train(more), state
 
 
-def saved_and_loaded(saving: Recipe, loading: Recipe) -> tuple[Any, Any]:
+def saved_and_loaded(saving: Recipe, loading: Recipe, *, steps: int = 2, more: int = 2) -> tuple[Any, Any]:
     def ranks(recipe: Recipe) -> int:
         return parallel.resolve(recipe.parallel, world_size=None).world_size
 
-    return run_ranks(save_rank, ranks(saving), saving), run_ranks(load_rank, ranks(loading), loading)
+    return run_ranks(save_rank, ranks(saving), saving, steps, more), run_ranks(load_rank, ranks(loading), loading, more)

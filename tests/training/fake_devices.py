@@ -64,6 +64,8 @@ class LeanAdam(torch.optim.Optimizer):
     def _update(self, param: torch.Tensor, group: dict[str, Any]) -> None:
         from mcore_swift.training.optimizer_state import join_remainder, split_remainder
 
+        if (param.decoupled_grad if self.use_decoupled_grad else param.grad) is None:  # type: ignore[union-attr]
+            return
         remainders = self.store_param_remainders and param.dtype == torch.bfloat16
         if not self.state[param]:
             self.initialize_state(param, remainders)
