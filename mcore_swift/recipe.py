@@ -94,7 +94,7 @@ class ObjectiveSection(_Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSection(_Strict):
-    name: Literal["none", "lora"] = "none"  # lora: the model is frozen, low-rank matrices beside its layers are trained
+    name: Literal["none", "lora", "bottleneck"] = "none"  # what is trained beside the frozen model
     path: str | None = None  # a PEFT folder to go on from; it decides rank, alpha, targets, rslora and dora
     targets: list[str] = field(default_factory=lambda: ["attention", "mlp"])  # also experts, all-linear, q_proj, globs
     rank: int = 16  # inner size of each pair of matrices
@@ -104,7 +104,8 @@ class AdapterSection(_Strict):
     dora: bool = False  # train the length of the weights' rows apart from their direction
     init: Literal["default", "pissa"] = "default"  # pissa: start with the weights' largest singular values
     learning_rate_ratio: float = 1.0  # LoRA+: learning rate of the B matrices over that of the A matrices
-    merge: bool = True  # DIR/hf holds the model with its adapters merged; DIR/adapter the adapters alone
+    activation: Literal["gelu", "relu", "silu"] = "gelu"  # bottleneck: between its layers, the inner one of size rank
+    merge: bool | None = None  # DIR/hf holds the model with its adapters merged; default: with lora
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -299,6 +299,9 @@ CONTRADICTIONS = [
     ("--optimizer.lisa_layers 2 --optimizer.offload_fraction 1.0", "proved for states in fp32 on the device alone"),
     ("--optimizer.lisa_layers 2 --runtime.overlap true", "a gradient's reduction starts when all of a bucket's"),
     ("--optimizer.lisa_layers 2 --model.mtp_loss_scale 0.1", "would change in every step"),
+    ("--adapter.name bottleneck --adapter.alpha 8", "adapter.alpha: bottleneck doesn't know it; it is for adapter"),
+    ("--adapter.name lora --adapter.activation relu", "adapter.activation: lora doesn't know it; it is for"),
+    ("--adapter.name bottleneck --adapter.merge true", "bottleneck can't be folded into the model's weights"),
     ("--runtime.recompute_layers 2", "it is used by runtime.recompute: full only, found none"),
 ]
 

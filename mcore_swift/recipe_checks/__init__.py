@@ -17,6 +17,7 @@ from mcore_swift.recipe_checks.freezing import FREEZING
 from mcore_swift.recipe_checks.layout import LAYOUT
 from mcore_swift.recipe_checks.levers import LEVERS
 from mcore_swift.recipe_checks.lisa import LISA
+from mcore_swift.recipe_checks.methods import METHODS
 from mcore_swift.recipe_checks.moe import EXPERTS
 from mcore_swift.recipe_checks.optimizer import OPTIMIZER
 from mcore_swift.recipe_checks.outputs import OUTPUTS
@@ -37,6 +38,7 @@ RECIPE_RULES: list[Row[Recipe]] = [
     *FREEZING,
     *LISA,
     *ADAPTER,
+    *METHODS,
     *OUTPUTS,
 ]
 

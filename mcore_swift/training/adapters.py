@@ -36,11 +36,35 @@ def settings_of(section: AdapterSection, *, seed: int) -> tuple[LoraSettings, li
     return settings, section.targets
 
 
+def block_method(name: str) -> Any:
+    """The module of an adapter that isn't LoRA."""
+    from mcore_swift.peft.methods import BLOCK_METHODS
+
+    return BLOCK_METHODS[name]
+
+
+def block_settings(section: AdapterSection, *, seed: int) -> Any:
+    """Its settings: the recipe's, or those of the folder that it goes on from."""
+    from mcore_swift.peft import own_folder
+
+    method = block_method(section.name)
+    if section.path is not None:
+        return own_folder.read_settings(Path(section.path), section.name, method.Settings)
+    return method.settings_of(section, seed)
+
+
 def prepare(recipe: Recipe, chunks: Sequence[DecoderModel], rules: Mapping[str, TensorRule]) -> None:
     """Freezes the model and hangs the recipe's adapters on it, if it has any."""
-    from mcore_swift.peft import adapters, peft_folder
+    from mcore_swift.peft import adapters, own_folder, peft_folder
 
-    if recipe.adapter.name == "none":
+    section = recipe.adapter
+    if section.name == "none":
+        return
+    if section.name != "lora":
+        method = block_method(section.name)
+        method.attach(chunks, rules, block_settings(section, seed=recipe.runtime.seed))
+        if section.path is not None:
+            own_folder.load(chunks, Path(section.path))
         return
     settings, targets = settings_of(recipe.adapter, seed=recipe.runtime.seed)
     adapters.attach(chunks, rules, targets, settings)
@@ -49,14 +73,21 @@ def prepare(recipe: Recipe, chunks: Sequence[DecoderModel], rules: Mapping[str, 
 
 
 def write(recipe: Recipe, model: TrainingModel, run_dir: Path) -> None:
-    """Writes DIR/adapter, a PEFT folder, and DIR/hf, the model with its adapters merged in float32, if asked."""
-    from mcore_swift.peft import peft_folder
+    """Writes DIR/adapter, PEFT's where it has a format, and DIR/hf, the model with its adapters merged, if asked.
+
+    Merged in float32.
+    """
+    from mcore_swift.peft import own_folder, peft_folder
     from mcore_swift.weights.hf_folder import export
 
-    settings, _ = settings_of(recipe.adapter, seed=recipe.runtime.seed)
     base = str(model.source.folder)
+    if recipe.adapter.name != "lora":
+        chosen = block_settings(recipe.adapter, seed=recipe.runtime.seed)
+        own_folder.save(model.chunks, run_dir / "adapter", recipe.adapter.name, chosen, base=base)
+        return
+    settings, _ = settings_of(recipe.adapter, seed=recipe.runtime.seed)
     peft_folder.save(model.chunks, model.rules, run_dir / "adapter", settings, base=base)
-    if recipe.adapter.merge:
+    if merges(recipe.adapter):
         adapted: list[Any] = list(model.chunks)
         merged = {key: value for chunk in adapted for key, value in chunk.adapters.merged().items()}
 
@@ -66,6 +97,11 @@ def write(recipe: Recipe, model: TrainingModel, run_dir: Path) -> None:
         export(model.chunks, model.rules, model.source, run_dir / "hf", dtype=model.export_dtype, value=value)
 
 
+def merges(section: AdapterSection) -> bool:
+    """Whether the adapters are folded into the model's weights at the end: by default where that is possible."""
+    return section.name == "lora" if section.merge is None else section.merge
+
+
 def exports_model(recipe: Recipe) -> bool:
     """Whether the run ends with a Hugging Face folder of the whole model."""
-    return recipe.checkpoint.export and (recipe.adapter.name == "none" or recipe.adapter.merge)
+    return recipe.checkpoint.export and (recipe.adapter.name == "none" or merges(recipe.adapter))
