@@ -94,7 +94,7 @@ class ObjectiveSection(_Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSection(_Strict):
-    name: Literal["none", "lora", "bottleneck"] = "none"  # what is trained beside the frozen model
+    name: Literal["none", "lora", "bottleneck", "reft"] = "none"  # what is trained beside the frozen model
     path: str | None = None  # a PEFT folder to go on from; it decides rank, alpha, targets, rslora and dora
     targets: list[str] = field(default_factory=lambda: ["attention", "mlp"])  # also experts, all-linear, q_proj, globs
     rank: int = 16  # inner size of each pair of matrices
@@ -105,6 +105,9 @@ class AdapterSection(_Strict):
     init: Literal["default", "pissa"] = "default"  # pissa: start with the weights' largest singular values
     learning_rate_ratio: float = 1.0  # LoRA+: learning rate of the B matrices over that of the A matrices
     activation: Literal["gelu", "relu", "silu"] = "gelu"  # bottleneck: between its layers, the inner one of size rank
+    layers: list[int] | None = None  # reft: numbers of the layers whose outputs are changed, from 0; None: all
+    first_tokens: int = 4  # reft: at so many tokens at each document's beginning …
+    last_tokens: int = 4  # … and at its end
     merge: bool | None = None  # DIR/hf holds the model with its adapters merged; default: with lora
 
 

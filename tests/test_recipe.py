@@ -302,6 +302,10 @@ CONTRADICTIONS = [
     ("--adapter.name bottleneck --adapter.alpha 8", "adapter.alpha: bottleneck doesn't know it; it is for adapter"),
     ("--adapter.name lora --adapter.activation relu", "adapter.activation: lora doesn't know it; it is for"),
     ("--adapter.name bottleneck --adapter.merge true", "bottleneck can't be folded into the model's weights"),
+    ("--adapter.name reft --adapter.first_tokens 0 --adapter.last_tokens 0", "nothing would be changed, or trained"),
+    ("--adapter.name reft --adapter.layers []", "adapter.layers: it is empty"),
+    ("--adapter.name reft --adapter.targets [mlp]", "adapter.targets: reft doesn't know it"),
+    ("--adapter.name reft --runtime.recompute full", "would be changed at another micro-batch's positions"),
     ("--runtime.recompute_layers 2", "it is used by runtime.recompute: full only, found none"),
 ]
 

@@ -50,6 +50,7 @@ class MicroBatch:
 
     `real`: bool [b, s], false for padding, which experts' loads don't count; None: there is no padding.
     `sequences`: for objectives that compare answers; None for those that only count labels.
+    `chosen`: bool [b, s], positions that an adapter asked for; None: none has. Set on the part that a rank computes.
 
     A context parallel rank's part (`context_split.part_of`) has s / cp positions, and the `cu_seqlens` of the whole.
     """
@@ -62,6 +63,7 @@ class MicroBatch:
     max_seqlen: int | None = None
     real: torch.Tensor | None = None
     sequences: Sequences | None = None
+    chosen: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         def move(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -76,4 +78,5 @@ class MicroBatch:
             max_seqlen=self.max_seqlen,
             real=move(self.real),
             sequences=None if self.sequences is None else self.sequences.to(device),
+            chosen=move(self.chosen),
         )

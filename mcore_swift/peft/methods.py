@@ -8,6 +8,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from mcore_swift.peft import bottleneck
+from mcore_swift.peft import bottleneck, reft
 
-BLOCK_METHODS: dict[str, ModuleType] = {"bottleneck": bottleneck}
+BLOCK_METHODS: dict[str, ModuleType] = {"bottleneck": bottleneck, "reft": reft}

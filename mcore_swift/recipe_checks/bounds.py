@@ -20,6 +20,7 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], str]] = [
         "at least 0",
         lambda x: x >= 0,
         "optimizer.weight_decay optimizer.clip_grad schedule.min_learning_rate schedule.warmup_steps "
+        "adapter.first_tokens adapter.last_tokens "
         "schedule.eval_interval checkpoint.interval checkpoint.keep runtime.offload_layers "
         "model.mtp_loss_scale moe.aux_loss_coeff moe.z_loss_coeff moe.expert_bias_update_rate",
     ),

@@ -15,9 +15,12 @@ USERS = {
     "init": "lora",
     "learning_rate_ratio": "lora",
     "activation": "bottleneck",
+    "layers": "reft",
+    "first_tokens": "reft",
+    "last_tokens": "reft",
 }
 # What a folder that the run goes on from has decided, beside what `adapter` says.
-OF_FOLDERS = ("activation",)
+OF_FOLDERS = ("activation", "layers", "first_tokens", "last_tokens")
 
 
 def _changed(recipe: Recipe, *keys: str) -> bool:
@@ -52,5 +55,26 @@ METHODS: list[Row[Recipe]] = [
         lambda r: r.adapter.merge and r.adapter.name not in ("none", "lora"),
         "{r.adapter.name} can't be folded into the model's weights",
         "leave it out",
+    ),
+    Row(
+        "adapter.first_tokens adapter.last_tokens",
+        "both 0, with adapter.name: reft",
+        lambda r: r.adapter.name == "reft" and not r.adapter.first_tokens and not r.adapter.last_tokens,
+        "nothing would be changed, or trained",
+        "set one of them to at least 1",
+    ),
+    Row(
+        "adapter.layers",
+        "an empty list",
+        lambda r: r.adapter.layers == [],
+        "it is empty",
+        "name layers, from 0, or leave it out for all",
+    ),
+    Row(
+        "runtime.recompute",
+        "full, with adapter.name: reft",
+        lambda r: r.adapter.name == "reft" and r.runtime.recompute == "full",
+        "a layer that is computed again would be changed at another micro-batch's positions",
+        "use selective, or none",
     ),
 ]

@@ -156,6 +156,8 @@ def build_optimizer(models: Sequence[DistributedDataParallel], recipe: Recipe, *
     overrides = get_standard_config_overrides(config)
     if recipe.adapter.learning_rate_ratio != 1:  # LoRA+ (Hayou et al. 2024, arXiv:2402.12354)
         overrides[ParamKey(name="*.lora_B.*")] = cast(Any, {"lr_mult": recipe.adapter.learning_rate_ratio})
+    if recipe.adapter.name == "reft":  # a decayed rotation would turn the subspace towards some of the axes
+        overrides[ParamKey(name="*.reft_rotation")] = cast(Any, {"wd_mult": 0.0})
     if recipe.optimizer.lisa_layers is not None:
         from mcore_swift.training.lisa import layer_groups
 

@@ -69,6 +69,8 @@ def forward_step(
     ones.
     """
     batch = next(batches)
+    if batch.chosen is not None:
+        _adapters(model).begin(batch.chosen)
     # To hide experts' exchange, Megatron asks for the steps of a forward pass, to mix them with a backward pass's.
     run = model.build_schedule_plan if return_schedule_plan else model
     output = run(
@@ -93,9 +95,19 @@ def forward_step(
     return output, loss
 
 
-def parts(batches: Sequence[MicroBatch], device: torch.device) -> list[MicroBatch]:
-    """What this rank computes of its micro-batches, on its device."""
-    return [batch.to(device) for batch in context.share(batches)]
+def parts(batches: Sequence[MicroBatch], device: torch.device, models: Sequence[Any] = ()) -> list[MicroBatch]:
+    """What this rank computes of its micro-batches, on its device, with the positions that `models` ask for."""
+    shared = context.share(batches)
+    wanted = getattr(_adapters(models[0]), "wanted", None) if models else None
+    if wanted is not None:
+        marks = context.share([replace(batch, real=wanted(batch)) for batch in batches])
+        shared = [replace(batch, chosen=mark.real) for batch, mark in zip(shared, marks, strict=True)]
+    return [batch.to(device) for batch in shared]
+
+
+def _adapters(model: Any) -> Any:
+    """The adapters of a chunk, wrapped or not; None if it has none."""
+    return getattr(getattr(model, "module", model), "adapters", None)
 
 
 def run_schedule(
@@ -172,7 +184,7 @@ def train_step(
     balance.reset(models)
     config = models[0].config
     labels = balance.set_loss_weight(config, batches, device)
-    sums = run_schedule(models, parts(batches, device), objective, forward_only=False)
+    sums = run_schedule(models, parts(batches, device, models), objective, forward_only=False)
     updated, grad_norm, _ = cast(Any, optimizer).step()
     result = summarize(sums, batches, device)
     assert labels in (None, result.loss_tokens), "an objective that counts other things than labels"
@@ -187,7 +199,7 @@ def eval_step(
     """The loss of these micro-batches; nothing is changed."""
     for model in models:
         model.eval()
-    sums = run_schedule(models, parts(batches, device), objective, forward_only=True)
+    sums = run_schedule(models, parts(batches, device, models), objective, forward_only=True)
     for model in models:
         model.train()
     return summarize(sums, batches, device)
