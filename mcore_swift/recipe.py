@@ -113,7 +113,7 @@ class AdapterSection(_Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSection(_Strict):
-    name: Literal["adam", "sgd", "muon"] = "adam"  # adam is AdamW; muon: matrices by Muon, everything else by adam
+    name: Literal["adam", "sgd", "muon", "galore"] = "adam"  # adam is AdamW; muon, galore: matrices; the rest by adam
     weight_decay: float = 0.1  # not applied to biases and norms
     beta1: float = 0.9  # adam's decay of the mean gradient
     beta2: float = 0.95  # adam's decay of the mean squared gradient
@@ -125,6 +125,10 @@ class OptimizerSection(_Strict):
     exp_avg_dtype: Literal["fp32", "bf16"] = "fp32"  # adam's mean gradients
     exp_avg_sq_dtype: Literal["fp32", "bf16"] = "fp32"  # adam's mean squared gradients
     offload_fraction: float = 0.0  # share of adam's states that is held, and updated, by the CPU
+    galore_rank: int = 128  # galore: size of the subspace of each matrix's gradient that adam works in
+    galore_interval: int = 200  # galore: steps until it is chosen anew, by a singular value decomposition
+    galore_scale: float = 0.25  # galore: an update's size, times the learning rate
+    galore_targets: list[str] = field(default_factory=lambda: ["attention", "mlp"])  # galore: as adapter.targets
     lisa_layers: int | None = None  # LISA: train this many decoder layers at a time, and all outside of them; None: all
     lisa_interval: int = 20  # LISA: steps until other layers are drawn
     muon_momentum: float = 0.95  # muon's decay of the mean gradient

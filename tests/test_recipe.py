@@ -306,6 +306,9 @@ CONTRADICTIONS = [
     ("--adapter.name reft --adapter.layers []", "adapter.layers: it is empty"),
     ("--adapter.name reft --adapter.targets [mlp]", "adapter.targets: reft doesn't know it"),
     ("--adapter.name reft --runtime.recompute full", "would be changed at another micro-batch's positions"),
+    ("--optimizer.galore_rank 8", "GaLore's settings do nothing for optimizer.name: adam"),
+    ("--optimizer.name galore", "optimizer.name: galore is not sharded by Megatron's distributed optimizer"),
+    ("--optimizer.name galore --optimizer.distributed false --adapter.name lora", "to train the whole model in little"),
     ("--runtime.recompute_layers 2", "it is used by runtime.recompute: full only, found none"),
 ]
 

@@ -40,22 +40,22 @@ def linear_modules(rules: Mapping[str, TensorRule]) -> dict[str, str]:
     return found
 
 
-def select(targets: Sequence[str], rules: Mapping[str, TensorRule]) -> list[str]:
+def select(targets: Sequence[str], rules: Mapping[str, TensorRule], *, key: str = "adapter.targets") -> list[str]:
     """The modules that `targets` name, in model order.
 
     A target is a word of GROUPS, a module's last name (q_proj), or a glob on its whole name (model.layers.[0-3].*).
-    Raises InputError for one that matches nothing.
+    Raises InputError for one that matches nothing. `key`: the recipe's, for the message.
     """
     modules = linear_modules(rules)
     if not targets:
-        raise InputError(f"adapter.targets is empty; allowed: {_allowed(modules)}")
+        raise InputError(f"{key} is empty; allowed: {_allowed(modules)}")
     chosen: set[str] = set()
     for target in targets:
         matches = {name for name, key in modules.items() if _matches(target, name, key)}
         if not matches:
             words = [*GROUPS, *dict.fromkeys(name.rsplit(".", 1)[-1] for name in modules)]
             raise InputError(
-                f"adapter.targets: {target!r} matches no linear layer of this model;{nearest(target, words)}"
+                f"{key}: {target!r} matches no linear layer of this model;{nearest(target, words)}"
                 f" allowed: {_allowed(modules)}"
             )
         chosen |= matches

@@ -14,6 +14,7 @@ from mcore_swift.recipe_checks.adapter import ADAPTER
 from mcore_swift.recipe_checks.bounds import BOUNDS
 from mcore_swift.recipe_checks.data import DATA
 from mcore_swift.recipe_checks.freezing import FREEZING
+from mcore_swift.recipe_checks.galore import GALORE
 from mcore_swift.recipe_checks.layout import LAYOUT
 from mcore_swift.recipe_checks.levers import LEVERS
 from mcore_swift.recipe_checks.lisa import LISA
@@ -37,6 +38,7 @@ RECIPE_RULES: list[Row[Recipe]] = [
     *EXPERTS,
     *FREEZING,
     *LISA,
+    *GALORE,
     *ADAPTER,
     *METHODS,
     *OUTPUTS,

@@ -14,7 +14,8 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], str]] = [
         "parallel.first_stage_layers parallel.last_stage_layers "
         "schedule.steps schedule.global_batch_size schedule.micro_batch_size schedule.decay_steps "
         "schedule.eval_batches logging.interval runtime.ranks runtime.threads runtime.recompute_layers "
-        "optimizer.muon_steps optimizer.lisa_layers optimizer.lisa_interval adapter.rank",
+        "optimizer.muon_steps optimizer.lisa_layers optimizer.lisa_interval "
+        "optimizer.galore_rank optimizer.galore_interval adapter.rank",
     ),
     (
         "at least 0",
@@ -29,6 +30,7 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "greater than 0",
         lambda x: x > 0,
+        "optimizer.galore_scale "
         "adapter.alpha adapter.learning_rate_ratio moe.capacity_factor optimizer.muon_extra_scale optimizer.eps "
         "schedule.epochs schedule.learning_rate",
     ),

@@ -25,7 +25,7 @@ LEAN_KEYS = "optimizer.main_params optimizer.exp_avg_dtype optimizer.exp_avg_sq_
 STATES: list[Row[Recipe]] = [
     Row(
         "optimizer.name",
-        "sgd or muon, with optimizer.distributed: true",
+        "sgd, muon or galore, with optimizer.distributed: true",
         lambda r: r.optimizer.name != "adam" and r.optimizer.distributed,
         "{r.optimizer.name} is not sharded by Megatron's distributed optimizer",
         "set optimizer.distributed: false",

@@ -81,7 +81,7 @@ def optimizer_config(recipe: Recipe, *, bf16: bool, overlap_param_gather: bool) 
     section = recipe.optimizer
     gather = fp8_gather_fields(recipe)
     fields: dict[str, Any] = {
-        "optimizer": section.name,
+        "optimizer": "adam" if section.name == "galore" else section.name,  # GaLore then takes AdamW's place
         "lr": recipe.schedule.learning_rate,
         "min_lr": recipe.schedule.min_learning_rate,
         "weight_decay": section.weight_decay,

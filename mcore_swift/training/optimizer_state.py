@@ -58,6 +58,10 @@ def load_targets(
             for name, flat in state.tensors.items():
                 items += _shards(part, state, f"{PREFIX}.{name}.{part.key}", flat)
 
+    for member in members(optimizer):
+        if hasattr(member.optimizer, "sharded_states"):  # states that have another shape than their parameter
+            items += member.optimizer.sharded_states()
+
     def put_back() -> None:
         for action in (action for state in states for action in state.put_back):
             action()
@@ -234,7 +238,7 @@ def set_step(optimizer: Any, step: int) -> None:
         if is_torch(inner):
             for state in adam:
                 state["step"] = torch.tensor(float(step))
-        elif adam:
+        elif adam or hasattr(inner, "sharded_states"):
             for group in inner.param_groups:
                 group["step"] = step
 

@@ -87,6 +87,10 @@ def build(recipe: Recipe, source: ModelSource, plan: ParallelPlan, platform: Pla
     # LISA: a bucket whose parameters don't all get a gradient can't be reduced before the end of the backward pass.
     models = wrap_chunks(chunks, config, recipe, plan, overlap=overlap and recipe.optimizer.lisa_layers is None)
     optimizer = build_optimizer(models, recipe, bf16=dtype == torch.bfloat16)
+    if recipe.optimizer.name == "galore":
+        from mcore_swift.training import galore
+
+        galore.install(optimizer, chunks, rules, recipe.optimizer)
     connect(config, models, optimizer)
     sampling = layer_sampling(recipe, chunks, optimizer)
     return TrainingModel(source, config, rules, chunks, models, optimizer, entries, num_parameters, sampling)

@@ -32,7 +32,8 @@ KEYS = {
     "adapter": "name path targets rank alpha dropout rslora dora init learning_rate_ratio activation layers "
     "first_tokens last_tokens merge",
     "optimizer": "name weight_decay beta1 beta2 eps clip_grad distributed fsdp main_params exp_avg_dtype "
-    "exp_avg_sq_dtype offload_fraction lisa_layers lisa_interval muon_momentum muon_nesterov muon_steps "
+    "exp_avg_sq_dtype offload_fraction galore_rank galore_interval galore_scale galore_targets lisa_layers "
+    "lisa_interval muon_momentum muon_nesterov muon_steps "
     "muon_coefficients muon_scale muon_extra_scale muon_precision",
     "schedule": "steps epochs global_batch_size micro_batch_size learning_rate min_learning_rate warmup_steps decay "
     "decay_steps eval_interval eval_batches",
