@@ -15,6 +15,7 @@ Nothing heavy is imported here: a platform must be installed before Megatron is.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import secrets
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
     from mcore_swift.weights.dist_checkpoint import PendingWrite
+    from mcore_swift.weights.live import Fill
 
 __all__ = ["CheckpointManager", "TrainState", "checkpoint_source", "is_checkpoint", "load_weights"]
 
@@ -64,22 +66,39 @@ class TrainState:
     samples: int  # that have been trained on
 
 
-def load_weights(path: Path, *, models: Sequence[Module]) -> None:
+def load_weights(path: Path, *, models: Sequence[Module], fill: Fill | None = None) -> None:
     """Fills the models, wrapped or not, from the weights of a Megatron checkpoint, at any layout and in any dtype.
 
-    Raises InputError, on all ranks, when it is damaged or another model's; the latter before anything is loaded.
+    With `fill`, tensor by tensor, so that none but that one needs its memory. Raises InputError, on all ranks, when it
+    is damaged or another model's; the latter before anything is loaded.
     """
-    from mcore_swift.weights import dist_checkpoint, dist_index
+    from mcore_swift.weights import dist_checkpoint, dist_index, live
 
     _manifest(path)
 
-    def work() -> None:
+    def check() -> tuple[Any, Any]:
         index = dist_index.read_index(path)
         tensors = dist_checkpoint.model_items(models).tensors()
         dist_checkpoint.check_fits(tensors, index, path, same_dtype=False)
-        dist_checkpoint.read(tensors, path, index)
+        return tensors, index
 
-    _together(work)
+    def one_by_one() -> None:
+        errors = []
+
+        def write(item: Any, data: Any) -> None:
+            if not errors:
+                dist_checkpoint.read(dist_checkpoint.parts_of(item, data), path, index)
+
+        for item in live.global_tensors(models):
+            try:
+                fill(item.data, functools.partial(write, item))  # type: ignore[misc]
+            except InputError as error:  # filling may be a collective call: every rank goes through all tensors
+                errors.append(error)
+        if errors:
+            raise errors[0]
+
+    tensors, index = _together(check)
+    _together(one_by_one if fill is not None else lambda: dist_checkpoint.read(tensors, path, index))
 
 
 @dataclass

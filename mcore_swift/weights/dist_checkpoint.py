@@ -72,10 +72,15 @@ def model_items(chunks: Sequence[Module]) -> ModelItems:
             if isinstance(item, ShardedObject):
                 objects.append((chunk, name, item))
                 continue
-            local = replace(item, data=item.data.detach())
-            built = nested_values(local.build()) if isinstance(local, ShardedTensorFactory) else [local]
-            parts[id(item.data)] = [_with_every_axis(part) for part in built]
+            parts[id(item.data)] = parts_of(item, item.data.detach())
     return ModelItems(parts, objects)
+
+
+def parts_of(item: ShardedTensor | ShardedTensorFactory, data: torch.Tensor) -> list[ShardedTensor]:
+    """What a checkpoint has of one of the model's tensors, as views of `data`, which stands for it."""
+    local = replace(item, data=data)
+    built = nested_values(local.build()) if isinstance(local, ShardedTensorFactory) else [local]
+    return [_with_every_axis(part) for part in built]
 
 
 def _with_every_axis(part: ShardedTensor) -> ShardedTensor:

@@ -30,6 +30,11 @@ DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 ADAPTERS = "adapters."  # how the global keys of adapters begin
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers that old Hugging Face folders carry
 
+# What fills a parameter: it calls the given function with the tensor that is to be written, of the parameter's shape,
+# once, whatever that function raises (filling may be a collective call).
+Write = Callable[[torch.Tensor], None]
+Fill = Callable[[torch.Tensor, Write], None]
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -53,6 +58,26 @@ def sharded_state(chunk: Module) -> dict[str, Any]:
     return chunk.sharded_state_dict(metadata={"non_homogeneous_layers": True})  # type: ignore[operator]
 
 
+def global_tensors(chunks: Sequence[Module]) -> Iterator[Any]:
+    """Megatron's descriptions of the model's tensors on this rank, in model order; `data` is parameter or buffer."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    for chunk in chunks:
+        for item in sharded_state(chunk).values():
+            if isinstance(item, ShardedTensor | ShardedTensorFactory) and not item.key.startswith(ADAPTERS):
+                yield item  # not Transformer Engine's extra state, nor what is no part of the model itself
+
+
+def shards_of(item: Any, data: torch.Tensor) -> list[Shard]:
+    """The shards of one of the `global_tensors`, as views of `data`: one, or two where a gated fc1 is cut in halves."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+    item = replace(item, data=data)
+    parts = nested_values(item.build()) if isinstance(item, ShardedTensorFactory) else [item]
+    return [_shard(part) for part in parts]
+
+
 def local_shards(
     chunks: Sequence[Module], *, value: Callable[[torch.Tensor], torch.Tensor | None] = lambda parameter: parameter.data
 ) -> list[Shard]:
@@ -61,22 +86,8 @@ def local_shards(
     `value` gives the tensor that stands for a parameter or buffer, of the same shape: its data, or its gradient; None
     leaves it out.
     """
-    from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-
-    shards = []
-    for chunk in chunks:
-        for item in sharded_state(chunk).values():
-            if not isinstance(item, ShardedTensor | ShardedTensorFactory) or item.key.startswith(ADAPTERS):
-                continue  # Transformer Engine's extra state, and what is no part of the model itself
-            assert item.data is not None
-            data = value(item.data)
-            if data is None:
-                continue
-            item = replace(item, data=data)
-            parts = nested_values(item.build()) if isinstance(item, ShardedTensorFactory) else [item]
-            shards += [_shard(part) for part in parts]
-    return shards
+    values = ((item, value(item.data)) for item in global_tensors(chunks))
+    return [shard for item, data in values if data is not None for shard in shards_of(item, data)]
 
 
 def _shard(item: Any) -> Shard:
@@ -122,8 +133,18 @@ def check_coverage(rules: Mapping[str, TensorRule], folder: io.SafetensorsFolder
         raise InputError(f"{folder.folder}: the tensors do not fit the config: {misfits.text(limit=10)}")
 
 
+def in_place(parameter: torch.Tensor, write: Write) -> None:
+    """The plain `Fill`: what is read goes into the parameter itself."""
+    write(parameter.data)
+
+
 def load(
-    chunks: Sequence[Module], rules: Mapping[str, TensorRule], folder: io.SafetensorsFolder, *, tied: bool
+    chunks: Sequence[Module],
+    rules: Mapping[str, TensorRule],
+    folder: io.SafetensorsFolder,
+    *,
+    tied: bool,
+    fill: Fill = in_place,
 ) -> None:
     """Fills the model from a Hugging Face folder; this rank reads the byte ranges of its own shards only.
 
@@ -133,20 +154,25 @@ def load(
     vocab_size: int = chunks[0].true_vocab_size  # type: ignore[assignment]
     specs = decoded(folder)
     packed = lru_cache(maxsize=1)(partial(_read_packed, folder))  # gate and up are two shards of one slice
-    error: InputError | None = None
-    try:
-        with torch.no_grad():
-            for shard in local_shards(chunks):
-                rule = rule_of(shard, rules)
-                if rule.packed:
-                    _check_packed(rules[shard.key], shard, specs, folder)
-                    inside = (slice(o, o + n) for o, n in zip(shard.offset, shard.data.shape, strict=True))
-                    shard.data.copy_(packed(rule)[tuple(inside)])
-                else:
-                    _load_shard(shard, rule, folder, vocab_size=vocab_size)
-    except InputError as problem:  # perhaps only this rank reads the tensor that is wrong
-        error = problem
-    parallel.raise_together(error)
+    errors: list[InputError] = []
+
+    def write(item: Any, data: torch.Tensor) -> None:
+        for shard in () if errors else shards_of(item, data):
+            rule = rule_of(shard, rules)
+            if rule.packed:
+                _check_packed(rules[shard.key], shard, specs, folder)
+                inside = (slice(o, o + n) for o, n in zip(shard.offset, shard.data.shape, strict=True))
+                shard.data.copy_(packed(rule)[tuple(inside)])
+            else:
+                _load_shard(shard, rule, folder, vocab_size=vocab_size)
+
+    with torch.no_grad():
+        for item in global_tensors(chunks):
+            try:
+                fill(item.data, partial(write, item))
+            except InputError as problem:  # perhaps only this rank reads the tensor that is wrong: raise it together
+                errors.append(problem)
+    parallel.raise_together(errors[0] if errors else None)
 
 
 def _load_shard(shard: Shard, rule: TensorRule, folder: io.SafetensorsFolder, *, vocab_size: int) -> None:
@@ -251,17 +277,17 @@ def hf_tensors(
     holds more than one tensor.
     """
     dense, experts = parallel.weight_groups(), parallel.expert_weight_groups()
-    by_tensor: dict[tuple[str, int | None], list[Shard]] = {}
-    for shard in local_shards(chunks, value=value):
-        if shard.main:
-            by_tensor.setdefault((shard.key, shard.expert), []).append(shard)
-    for number, shards in enumerate(by_tensor.values()):
-        group, replicas = dense if shards[0].expert is None else experts
+    outlines = [(item, shards_of(item, item.data.detach())[0]) for item in global_tensors(chunks)]
+    for number, (item, first) in enumerate((item, first) for item, first in outlines if first.main):
+        group, replicas = dense if first.expert is None else experts
         copies = dist.get_world_size(replicas)
         if number % copies != dist.get_rank(replicas):
             continue
-        owner = (number // copies) % dist.get_world_size(group)
-        whole = gather(shards, owner, group)
+        data = value(item.data)  # only now: it may be made for the purpose, and as large as the layer
+        if data is None:
+            continue
+        shards = shards_of(item, data)
+        whole = gather(shards, (number // copies) % dist.get_world_size(group), group)
         if whole is not None:
             rule = rule_of(shards[0], rules)
             yield from ((name, tensor, rule.expert) for name, tensor in _split(whole, rule, vocab_size))
