@@ -103,6 +103,8 @@ class AdapterSection(_Strict):
     rslora: bool = False  # multiply by alpha / √rank instead
     dora: bool = False  # train the length of the weights' rows apart from their direction
     init: Literal["default", "pissa"] = "default"  # pissa: start with the weights' largest singular values
+    quantization: Literal["none", "nf4", "fp4"] = "none"  # QLoRA: the frozen weights in four bits (bitsandbytes)
+    double_quantization: bool = True  # their scales in eight bits
     learning_rate_ratio: float = 1.0  # LoRA+: learning rate of the B matrices over that of the A matrices
     activation: Literal["gelu", "relu", "silu"] = "gelu"  # bottleneck: between its layers, the inner one of size rank
     layers: list[int] | None = None  # reft: numbers of the layers whose outputs are changed, from 0; None: all

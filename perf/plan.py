@@ -22,6 +22,7 @@ from mcore_swift.models.layout_rules import MODEL_RULES
 from mcore_swift.models.lever_rules import LEVER_RULES, check_levers
 from mcore_swift.models.stages import describe, loss_cost, pipeline_layout
 from mcore_swift.parallel import ParallelPlan, resolve
+from mcore_swift.peft.quantized_rules import QUANTIZED_RULES, check_quantization
 from mcore_swift.pipeline import bubble_fraction, imbalance, written
 from mcore_swift.recipe import Recipe
 from mcore_swift.recipe_checks import RECIPE_RULES, check_recipe
@@ -98,6 +99,7 @@ def outlined(recipe: Recipe, *, gpus: int | None) -> Outline:
     check_layout(source, plan)
     check_experts(source, plan, recipe.moe, device="cpu" if on_cpu else "cuda")
     check_levers(recipe, plan, source, on_cpu=on_cpu)
+    check_quantization(recipe, source, on_cpu=on_cpu)
     batches = Batches(recipe, plan)
     refuse(BATCHES, batches)
     chunks = pipeline_layout(source, plan)
@@ -230,7 +232,8 @@ def _built_lines(outline: Outline, built: dict[str, Any] | None) -> list[str]:
 
 
 def _print_rules(as_json: bool) -> None:
-    rules = explained([*RECIPE_RULES, *JOB, *BATCHES, *LISA_LAYERS, *MODEL_RULES, *EXPERT_RULES, *LEVER_RULES])
+    of_recipe = [*RECIPE_RULES, *JOB, *BATCHES, *LISA_LAYERS]
+    rules = explained([*of_recipe, *MODEL_RULES, *EXPERT_RULES, *LEVER_RULES, *QUANTIZED_RULES])
     if as_json:
         print(json.dumps(rules, indent=2, ensure_ascii=False))
         return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -181,11 +181,15 @@ def check_layout(source: ModelSource, plan: ParallelPlan) -> None:
 
 
 def build_chunks(
-    source: ModelSource, config: DecoderConfig, plan: ParallelPlan, platform: Platform
+    source: ModelSource, config: DecoderConfig, plan: ParallelPlan, platform: Platform, *, lean: bool = False
 ) -> list[DecoderModel]:
-    """This rank's model chunks (one, or vpp of them), on its device, in training mode, weights not loaded."""
+    """This rank's model chunks (one, or vpp of them), on its device, in training mode, weights not loaded.
+
+    `lean`: without memory for the weights of the decoder layers' linear layers, which are to be held in another form.
+    """
     from mcore_swift.models.group_choice import rank_groups_by
     from mcore_swift.models.layers import DecoderModel, ahead_spec, decoder_spec
+    from mcore_swift.models.lean import lean_layers
     from mcore_swift.models.marks import correct_marks
     from mcore_swift.models.windowed_rotary import set_windowed_rotary
 
@@ -194,9 +198,10 @@ def build_chunks(
     chunks = []
     for chunk in range(plan.vpp) if plan.vpp > 1 else (None,):
         first, last = parallel.chunk_ends(chunk)
+        spec: Any = decoder_spec(config, platform, chunk=chunk)
         model = DecoderModel(
             config,
-            decoder_spec(config, platform, chunk=chunk),  # type: ignore[arg-type]
+            replace(spec, layer_specs=lean_layers(spec.layer_specs)) if lean else spec,
             vocab_size=padded_vocab_size(source.vocab_size, plan.tp),
             max_sequence_length=source.config.max_position_embeddings,
             pre_process=first,

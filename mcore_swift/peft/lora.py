@@ -168,7 +168,7 @@ class LoraBranch(nn.Module):
     @torch.no_grad()
     def merged(self) -> Tensor:
         """The layer's weight with its adapters in it, float32: [rows / tp, in / tp]."""
-        weight = self.site.weight.float() + self.settings.scaling * (self._all_b().float() @ self._all_a().float())
+        weight = self.site.values().float() + self.settings.scaling * (self._all_b().float() @ self._all_a().float())
         return weight * self._dora_scale().float()[:, None] if self.settings.dora else weight
 
     # --- DoRA ---------------------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ class LoraBranch(nn.Module):
     def _row_norms(self) -> Tensor:
         """Euclidean norms of the rows of W + scaling · B A: [rows / tp]."""
         delta = self._all_b() @ self._all_a() * self.settings.scaling
-        squares = (self.site.weight.float() + delta.float()).square().sum(1)
+        squares = (self.site.values().float() + delta.float()).square().sum(1)
         if self.site.split == "columns":
             dist.all_reduce(squares, group=self.group)
         return squares.sqrt()

@@ -47,6 +47,11 @@ class Site:
         """Of the whole layer."""
         return self.weight.size(1) * (self.size if self.split == "columns" else 1)
 
+    def values(self) -> Tensor:
+        """The weight as the layer computes with it, which may hold it in another form between its calls."""
+        held: Any = getattr(self.module, "quantized_weight", None)
+        return self.weight if held is None else held.whole()
+
     def rows_of(self, part: Part, whole: Tensor) -> Tensor:
         """A view of the rows of `part` in a tensor with this rank's rows: [groups, rows / groups, …]."""
         block = [p.local_rows // self.groups for p in self.parts]

@@ -1,9 +1,9 @@
 """Adapters from Python, for programs that build a Megatron model with this library and train it with their own loop.
 
-    from mcore_swift import LoRAConfig, Swift
+from mcore_swift import LoRAConfig, Swift
 
-    model = Swift.prepare_model(model, LoRAConfig(rank=8, target_modules=["q_proj", "v_proj"]))
-    Swift.print_trainable_parameters(model)
+model = Swift.prepare_model(model, LoRAConfig(rank=8, target_modules=["q_proj", "v_proj"]))
+Swift.print_trainable_parameters(model)
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rich import print
 from mcore_swift import parallel
 from mcore_swift.peft import adapters, peft_folder
 from mcore_swift.peft.lora import LoraSettings
+from mcore_swift.peft.targets import select
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,8 @@ class LoRAConfig:
     use_rslora: bool = False
     use_dora: bool = False
     init: str = "default"  # or pissa
+    quantization: str = "none"  # nf4 or fp4: the frozen weights in four bits (QLoRA)
+    double_quantization: bool = True  # their scales in eight
     seed: int = 1234
 
     def settings(self) -> LoraSettings:
@@ -41,6 +44,8 @@ class LoRAConfig:
             ("alpha", self.alpha > 0, "greater than 0"),
             ("dropout", 0 <= self.dropout < 1, "at least 0 and less than 1"),
             ("init", self.init in ("default", "pissa"), "default or pissa"),
+            ("quantization", self.quantization in ("none", "nf4", "fp4"), "none, nf4 or fp4"),
+            ("quantization", self.quantization == "none" or self.init != "pissa", "none with init: pissa"),
         ):
             if not holds:
                 raise ValueError(f"LoRAConfig.{name}: found {getattr(self, name)!r}; it must be {bound}")
@@ -64,8 +69,24 @@ class Swift:
 
         Raises InputError (a ValueError) for a target that matches nothing or a rank that is larger than a layer.
         """
+        chunks, settings = _chunks(model), config.settings()
+        select(list(config.target_modules), chunks[0].tensor_rules)  # before anything is changed
+        if config.quantization != "none":
+            Swift.quantize(model, config.quantization, double=config.double_quantization)
+        adapters.attach(chunks, chunks[0].tensor_rules, list(config.target_modules), settings)
+        return model
+
+    @staticmethod
+    def quantize[Model](model: Model, kind: str = "nf4", *, double: bool = True) -> Model:
+        """Holds the decoder layers' linear weights, which must be loaded, in four bits. Called by all ranks.
+
+        `prepare_model` does it if its config says so; before `from_pretrained`, call it yourself. Raises InputError for
+        a model that can't be held so, or without the package bitsandbytes.
+        """
+        from mcore_swift.peft.quantized import Quantization, QuantizedBase
+
         chunks = _chunks(model)
-        adapters.attach(chunks, chunks[0].tensor_rules, list(config.target_modules), config.settings())
+        QuantizedBase(chunks, chunks[0].tensor_rules, Quantization(kind=kind, double=double))  # type: ignore[arg-type]
         return model
 
     @staticmethod

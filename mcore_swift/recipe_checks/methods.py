@@ -13,6 +13,8 @@ USERS = {
     "rslora": "lora",
     "dora": "lora",
     "init": "lora",
+    "quantization": "lora",
+    "double_quantization": "lora",
     "learning_rate_ratio": "lora",
     "activation": "bottleneck",
     "layers": "reft",

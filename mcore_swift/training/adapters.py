@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from mcore_swift.models.layers import DecoderModel
     from mcore_swift.peft.lora import LoraSettings
+    from mcore_swift.peft.quantized import QuantizedBase
     from mcore_swift.training.setup import TrainingModel
 
 
@@ -53,6 +54,19 @@ def block_settings(section: AdapterSection, *, seed: int) -> Any:
     return method.settings_of(section, seed)
 
 
+def quantized_base(
+    recipe: Recipe, chunks: Sequence[DecoderModel], rules: Mapping[str, TensorRule]
+) -> QuantizedBase | None:
+    """What takes the weights of a lean model in four bits, if the recipe wants them so."""
+    if recipe.adapter.quantization == "none":
+        return None
+    from mcore_swift.peft.quantized import Quantization, QuantizedBase
+
+    return QuantizedBase(
+        chunks, rules, Quantization(kind=recipe.adapter.quantization, double=recipe.adapter.double_quantization)
+    )
+
+
 def prepare(recipe: Recipe, chunks: Sequence[DecoderModel], rules: Mapping[str, TensorRule]) -> None:
     """Freezes the model and hangs the recipe's adapters on it, if it has any."""
     from mcore_swift.peft import adapters, own_folder, peft_folder
@@ -75,9 +89,9 @@ def prepare(recipe: Recipe, chunks: Sequence[DecoderModel], rules: Mapping[str, 
 def write(recipe: Recipe, model: TrainingModel, run_dir: Path) -> None:
     """Writes DIR/adapter, PEFT's where it has a format, and DIR/hf, the model with its adapters merged, if asked.
 
-    Merged in float32.
+    Merged in float32; weights in four bits are merged, and written, as what these stand for.
     """
-    from mcore_swift.peft import own_folder, peft_folder
+    from mcore_swift.peft import own_folder, peft_folder, quantized
     from mcore_swift.weights.hf_folder import export
 
     base = str(model.source.folder)
@@ -89,7 +103,8 @@ def write(recipe: Recipe, model: TrainingModel, run_dir: Path) -> None:
     peft_folder.save(model.chunks, model.rules, run_dir / "adapter", settings, base=base)
     if merges(recipe.adapter):
         adapted: list[Any] = list(model.chunks)
-        merged = {key: value for chunk in adapted for key, value in chunk.adapters.merged().items()}
+        merged = quantized.values(adapted)
+        merged |= {key: value for chunk in adapted for key, value in chunk.adapters.merged().items()}
 
         def value(parameter: torch.Tensor) -> torch.Tensor:
             return merged[id(parameter)]() if id(parameter) in merged else parameter.data

@@ -14,6 +14,7 @@ from mcore_swift.models.keys import weight_rules
 from mcore_swift.models.lever_rules import check_levers
 from mcore_swift.parallel import ParallelPlan, resolve
 from mcore_swift.peft.freezing import frozen_tensors
+from mcore_swift.peft.quantized_rules import check_quantization
 from mcore_swift.platform import Platform, select
 from mcore_swift.ranks import launch
 from mcore_swift.recipe import Recipe
@@ -31,6 +32,7 @@ def run(recipe: Recipe) -> int:
     check_layout(source, plan)
     check_experts(source, plan, recipe.moe, device=platform.name)
     check_levers(recipe, plan, source, on_cpu=platform.name == "cpu")
+    check_quantization(recipe, source, on_cpu=platform.name == "cpu")
     check_micro_batches(recipe, plan)
     refuse(LISA_LAYERS, Layers(recipe, source.config.num_hidden_layers))
     if recipe.model.partly_frozen:

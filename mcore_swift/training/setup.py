@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
 
     from mcore_swift.models.layers import DecoderModel
+    from mcore_swift.peft.quantized import QuantizedBase
     from mcore_swift.training.lisa import LayerSampling
 
 
@@ -45,6 +46,7 @@ class TrainingModel:
     entries: Mapping[str, Spec] | None  # the source folder's tensors, when the weights came from one
     num_parameters: int
     sampling: LayerSampling | None = None  # LISA's
+    quantized: str = ""  # how the frozen weights are held, if in four bits, and what that costs
 
     @property
     def shape(self) -> DecoderShape:
@@ -76,9 +78,10 @@ def build(recipe: Recipe, source: ModelSource, plan: ParallelPlan, platform: Pla
     }
     config = transformer_config(source, plan, platform, dtype=dtype, extra=extra)
     levers.start_user_buffers(recipe, config)
-    chunks = build_chunks(source, config, plan, platform)
+    chunks = build_chunks(source, config, plan, platform, lean=recipe.adapter.quantization != "none")
     rules = tensor_rules(source, config)
-    entries = load_weights(recipe, source, chunks, rules)
+    base = adapters.quantized_base(recipe, chunks, rules)
+    entries = load_weights(recipe, source, chunks, rules, base)
     num_parameters = _count(rules, chunks, source)
     if recipe.model.partly_frozen:
         frozen = freezing.frozen_tensors(rules, recipe.model)
@@ -93,7 +96,8 @@ def build(recipe: Recipe, source: ModelSource, plan: ParallelPlan, platform: Pla
         galore.install(optimizer, chunks, rules, recipe.optimizer)
     connect(config, models, optimizer)
     sampling = layer_sampling(recipe, chunks, optimizer)
-    return TrainingModel(source, config, rules, chunks, models, optimizer, entries, num_parameters, sampling)
+    quantized = base.described() if base is not None else ""
+    return TrainingModel(source, config, rules, chunks, models, optimizer, entries, num_parameters, sampling, quantized)
 
 
 def layer_sampling(recipe: Recipe, chunks: list[DecoderModel], optimizer: MegatronOptimizer) -> LayerSampling | None:
@@ -113,17 +117,23 @@ def layer_sampling(recipe: Recipe, chunks: list[DecoderModel], optimizer: Megatr
 
 
 def load_weights(
-    recipe: Recipe, source: ModelSource, chunks: list[DecoderModel], rules: Mapping[str, TensorRule]
+    recipe: Recipe,
+    source: ModelSource,
+    chunks: list[DecoderModel],
+    rules: Mapping[str, TensorRule],
+    base: QuantizedBase | None = None,
 ) -> Mapping[str, Spec] | None:
     """Loads the weights from where the recipe says; returns the Hugging Face folder's tensors if it was one."""
     path = Path(recipe.model.path)
     if recipe.model.init == "random":
+        if base is not None:
+            base.fill_randomly(std=chunks[0].config.init_method_std, seed=recipe.runtime.seed)
         return None
     if checkpoint.is_checkpoint(path):
-        checkpoint.load_weights(path, models=chunks)
+        checkpoint.load_weights(path, models=chunks, fill=base.fill if base is not None else None)
         return {}
     folder = SafetensorsFolder(path)
-    live.load(chunks, rules, folder, tied=source.tied)
+    live.load(chunks, rules, folder, tied=source.tied, fill=base.fill if base is not None else live.in_place)
     return live.decoded(folder)
 
 

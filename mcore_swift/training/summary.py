@@ -51,6 +51,10 @@ def run_facts(info: RunInfo, end: RunEnd, *, steps: list[Row], evals: list[Row])
         "model": f"{info.model_name}, {info.num_parameters / 1e6:,.1f} M parameters",
         "layout": f"{info.layout} on {info.world_size} x {info.device_name}",
     }
+    if info.base_weights:
+        facts["base weights"] = info.base_weights
+        if end.hf_dir is not None:
+            facts["merged model"] = f"{end.hf_dir.name}: the adapters in the dequantized weights, with that error"
     if info.pipeline:
         facts["pipeline"] = info.pipeline
     if steps:

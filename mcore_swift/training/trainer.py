@@ -315,6 +315,7 @@ class Trainer:
             model_name=self.source.folder.resolve().name,
             num_parameters=self.model.num_parameters,
             layout=str(self.plan),
+            base_weights=self.model.quantized,
             pipeline=describe(self.source, self.plan, micro_batches=Batches(self.recipe, self.plan).micro_batches),
             world_size=self.plan.world_size,
             device_name=self.platform.device_name(),
