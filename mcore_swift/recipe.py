@@ -95,13 +95,14 @@ class ObjectiveSection(_Strict):
 @dataclass(frozen=True, kw_only=True)
 class AdapterSection(_Strict):
     name: Literal["none", "lora", "bottleneck", "reft"] = "none"  # what is trained beside the frozen model
-    path: str | None = None  # a PEFT folder to go on from; it decides rank, alpha, targets, rslora and dora
+    path: str | None = None  # a PEFT folder to go on from; it decides rank, alpha, targets and the like
     targets: list[str] = field(default_factory=lambda: ["attention", "mlp"])  # also experts, all-linear, q_proj, globs
     rank: int = 16  # inner size of each pair of matrices
     alpha: float = 32.0  # what they add is multiplied by alpha / rank
     dropout: float = 0.0  # on their inputs (0 ≤ x < 1)
     rslora: bool = False  # multiply by alpha / √rank instead
     dora: bool = False  # train the length of the weights' rows apart from their direction
+    modules_to_save: list[str] = field(default_factory=list)  # trained in full beside them: lm_head, norm, globs
     init: Literal["default", "pissa"] = "default"  # pissa: start with the weights' largest singular values
     quantization: Literal["none", "nf4", "fp4"] = "none"  # QLoRA: the frozen weights in four bits (bitsandbytes)
     double_quantization: bool = True  # their scales in eight bits

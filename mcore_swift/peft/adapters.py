@@ -13,6 +13,7 @@ from torch import nn
 
 from mcore_swift import parallel
 from mcore_swift.errors import InputError
+from mcore_swift.peft import saved
 from mcore_swift.peft.lora import LoraBranch, LoraSettings
 from mcore_swift.peft.sites import Site, find_sites
 from mcore_swift.peft.targets import select
@@ -39,11 +40,17 @@ class AdapterTensor:
 
 
 class Adapters(nn.Module):
-    """The adapters of one model chunk, by the numbers of the layers that they hang on."""
+    """The adapters of one model chunk, by the numbers of the layers that they hang on.
 
-    def __init__(self, branches: Sequence[LoraBranch]) -> None:
+    `saved_rules`: the tensors of the whole model that are trained in full beside them, by global key; `saved`: those
+    that this chunk has a part of.
+    """
+
+    def __init__(self, branches: Sequence[LoraBranch], saved_rules: Mapping[str, TensorRule]) -> None:
         super().__init__()
         self.branches = nn.ModuleList(branches)
+        self.saved_rules: Mapping[str, TensorRule] = saved_rules
+        self.saved: list[saved.SavedTensor] = []
 
     def tensors(self) -> Iterator[AdapterTensor]:
         for branch in self.branches:
@@ -88,9 +95,10 @@ def attach(
     """Freezes the model and hangs adapters on what `targets` name; returns those modules' names.
 
     Called on all ranks, with the weights loaded and before Megatron's DDP wraps the chunks. Raises InputError for a
-    target that matches nothing, and a rank that is larger than a layer.
+    target or a module to save that matches nothing, and a rank that is larger than a layer.
     """
     names = select(targets, rules)
+    in_full = saved.select_saved(settings.modules_to_save, rules, adapted=set(names))
     for chunk in chunks:
         chunk.requires_grad_(False)
         branches = []
@@ -102,7 +110,8 @@ def attach(
             group = (parallel.expert_weight_groups() if site.expert else parallel.weight_groups())[0]
             sequence_parallel = chunk.config.sequence_parallel
             branches.append(LoraBranch(site, parts, settings, group=group, sequence_parallel=sequence_parallel))
-        chunk.adapters = Adapters(branches)
+        chunk.adapters = Adapters(branches, in_full)
+        chunk.adapters.saved = saved.train(chunk, in_full)
         make_first_activation_differentiable(chunk)
     return names
 
@@ -111,6 +120,7 @@ def attach(
 def disabled(models: Sequence[nn.Module]) -> Iterator[None]:
     """The base model, bit for bit, for as long as the context lasts; without gradients, and without adapters' dropout.
 
+    Modules that are trained in full are what they were, too.
     `models`: this rank's chunks, wrapped or not. Not collective, but every rank of a pipeline has to do the same. After
     PiSSA, which has changed the weights, the adapters are what they started with: the base model but for rounding.
     """
@@ -118,6 +128,7 @@ def disabled(models: Sequence[nn.Module]) -> Iterator[None]:
     assert found, "the model has no adapters"
     branches: list[Any] = [branch for adapters in found for branch in adapters.branches if branch.enabled]
     starts = [(t.parameter, t.start) for adapters in found for t in adapters.tensors() if t.start is not None]
+    starts += [(tensor.parameter, tensor.base) for adapters in found for tensor in adapters.saved]
     trained = [parameter.data for parameter, _ in starts]
     try:
         for branch in branches:

@@ -30,7 +30,10 @@ from mcore_swift.peft.sites import Part, Site
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """`alpha`: scaling is alpha / rank, or alpha / √rank with `rslora` (Kalajdzievski 2023, arXiv:2312.03732)."""
+    """`alpha`: scaling is alpha / rank, or alpha / √rank with `rslora` (Kalajdzievski 2023, arXiv:2312.03732).
+
+    `modules_to_save`: modules that are trained in full beside the adapters, by last names or globs.
+    """
 
     rank: int
     alpha: float
@@ -38,6 +41,7 @@ class LoraSettings:
     rslora: bool = False
     dora: bool = False
     pissa: bool = False
+    modules_to_save: tuple[str, ...] = ()
     seed: int = 0
 
     @property

@@ -15,7 +15,8 @@ from mcore_swift import parallel
 from mcore_swift.errors import InputError, nearest
 from mcore_swift.peft.adapters import AdapterTensor
 from mcore_swift.peft.lora import LoraSettings
-from mcore_swift.peft.peft_config import CONFIG, PREFIX, WEIGHTS, read_config
+from mcore_swift.peft.peft_config import CONFIG, PREFIX, WEIGHTS, listed, read_config
+from mcore_swift.peft.saved import modules_of
 from mcore_swift.peft.targets import linear_modules
 from mcore_swift.weights import live
 from mcore_swift.weights import safetensors_io as io
@@ -33,8 +34,18 @@ def whole_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Whole tensors of the adapters, by PEFT's names without their prefix; each from one rank of the job, on the CPU.
 
-    A collective call. `value` gives what stands for a parameter: its data, or its gradient.
+    Those of modules that are trained in full come first. A collective call. `value` gives what stands for a parameter:
+    its data, or its gradient.
     """
+    if chunks[0].adapters.saved_rules:
+        trained = {id(tensor.parameter) for chunk in chunks for tensor in chunk.adapters.saved}
+
+        def saved(parameter: torch.Tensor) -> torch.Tensor | None:
+            return value(parameter) if id(parameter) in trained else None
+
+        rules, vocab_size = chunks[0].tensor_rules, chunks[0].true_vocab_size
+        for name, tensor, _ in live.hf_tensors(chunks, rules, vocab_size=vocab_size, value=saved):
+            yield name, tensor
     for number, tensor in enumerate(tensors_of(chunks)):
         group, replicas = parallel.expert_weight_groups() if tensor.expert else parallel.weight_groups()
         copies = dist.get_world_size(replicas)
@@ -71,7 +82,9 @@ def save(
         settings = replace(settings, rank=2 * settings.rank, alpha=settings.scaling * 2 * settings.rank, rslora=False)
     shapes = parallel.union_over_model(mine)
     specs = {PREFIX + name: io.TensorSpec(dtype, shape) for name, (dtype, shape) in sorted(shapes.items())}
+    specs |= {PREFIX + name: spec for name, spec in saved_specs(chunks, dtypes[chunks[0].config.params_dtype]).items()}
     plan = io.plan_output(specs, max_shard_bytes=float("inf"), single=WEIGHTS)
+    settings = replace(settings, modules_to_save=tuple(modules_of(chunks[0].adapters.saved_rules)))
     config = config_of([name.rsplit(".lora_", 1)[0] for name in shapes], rules, settings, base=base)
     with published(folder) as partial:
         parallel.on_first_rank(lambda: _begin(partial, plan, config))
@@ -79,7 +92,7 @@ def save(
         for name, tensor in whole_tensors(chunks, value=change):
             try:
                 if error is None:
-                    io.write_tensor(partial, plan, PREFIX + name, tensor)
+                    io.write_tensor(partial, plan, PREFIX + name, tensor.to(live.DTYPES[specs[PREFIX + name].dtype]))
             except OSError as problem:  # the others are waiting in the next gather: go on, and raise together
                 error = problem
         parallel.raise_together(error)
@@ -91,12 +104,19 @@ def _change(chunks: Sequence[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
     starts = {id(t.parameter): (t.start, t.name.endswith("lora_A.weight")) for t in tensors_of(chunks)}
 
     def value(parameter: torch.Tensor) -> torch.Tensor:
-        start, is_a = starts[id(parameter)]
+        start, is_a = starts.get(id(parameter), (None, False))
         if start is None:
             return parameter.data
         return torch.cat([parameter.data, start]) if is_a else torch.cat([parameter.data, -start], dim=1)
 
     return value
+
+
+def saved_specs(chunks: Sequence[Any], dtype: str) -> dict[str, io.TensorSpec]:
+    """The tensors of the modules that are trained in full, by Hugging Face's names."""
+    rules = chunks[0].adapters.saved_rules
+    shapes = live.global_shapes(chunks)
+    return live.hf_specs(rules, shapes, vocab_size=chunks[0].true_vocab_size, dtype=lambda name: dtype)
 
 
 def _begin(folder: Path, plan: io.OutputPlan, config: dict[str, object]) -> None:
@@ -122,6 +142,7 @@ def config_of(
         "use_rslora": settings.rslora,
         "use_dora": settings.dora,
         "target_modules": sorted(whole | single),
+        "modules_to_save": list(settings.modules_to_save) or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -139,15 +160,30 @@ def read_settings(folder: Path) -> tuple[LoraSettings, list[str]]:
     """
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise InputError(f"adapter.path: {folder} is no PEFT folder; {CONFIG} and {WEIGHTS} are needed")
-    config = read_config(folder)
+    config = read_config(folder, honoured=("modules_to_save",))
+    names = list(_names(folder))
     settings = LoraSettings(
         rank=config["r"],
         alpha=config["lora_alpha"],
         dropout=config.get("lora_dropout", 0.0),
         rslora=config.get("use_rslora", False),
         dora=config.get("use_dora", False),
+        modules_to_save=_saved_modules(folder, config, names),
     )
-    return settings, list(dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in _names(folder)))
+    return settings, list(dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in names if ".lora_" in name))
+
+
+def _saved_modules(folder: Path, config: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
+    """The modules that are trained in full: those that the configuration names (PEFT: by the ends of their names)."""
+    ends = listed(config.get("modules_to_save"))
+    found = tuple(dict.fromkeys(name.rsplit(".", 1)[0] for name in names if ".lora_" not in name))
+    for module in found:
+        if not module.endswith(tuple(ends)):
+            raise InputError(f"{folder / WEIGHTS}: {module} is no LoRA A or B, and modules_to_save does not name it")
+    for end in ends:
+        if not any(module.endswith(end) for module in found):
+            raise InputError(f"{folder / CONFIG}: modules_to_save: {end!r} has no tensor in {WEIGHTS}")
+    return found
 
 
 def _names(folder: Path) -> dict[str, str]:
@@ -168,6 +204,7 @@ def load(chunks: Sequence[Any], folder: Path) -> None:
         error = problem
     parallel.raise_together(error)
     wanted = parallel.union_over_model({tensor.name: 0 for tensor in tensors_of(chunks)})
+    wanted |= {rule.hf[0]: 0 for rule in chunks[0].adapters.saved_rules.values()}
     try:
         extra = [name for name in names if name not in wanted]
         if extra:
@@ -177,6 +214,7 @@ def load(chunks: Sequence[Any], folder: Path) -> None:
             )
         for tensor in tensors_of(chunks):
             _fill(tensor, file, names, folder / WEIGHTS)
+        _fill_saved(chunks, file)
     except InputError as problem:
         error = problem
     parallel.raise_together(error)
@@ -198,3 +236,19 @@ def _fill(tensor: AdapterTensor, file: io.SafetensorsFolder, names: Mapping[str,
     if not bool(torch.isfinite(values).all()):
         raise InputError(f"{path}: tensor {name} has NaN or infinite values")
     tensor.parameter.copy_(values)
+
+
+@torch.no_grad()
+def _fill_saved(chunks: Sequence[Any], file: io.SafetensorsFolder) -> None:
+    """The modules that are trained in full."""
+    rules, trained = chunks[0].adapters.saved_rules, {id(t.parameter) for c in chunks for t in c.adapters.saved}
+
+    def chosen(parameter: torch.Tensor) -> torch.Tensor | None:
+        return parameter.data if id(parameter) in trained else None
+
+    for shard in live.local_shards(chunks, value=chosen) if rules else ():
+        missing = [name for name in rules[shard.key].hf if PREFIX + name not in file.entries]
+        if missing:
+            raise InputError(f"{file.folder / WEIGHTS}: {PREFIX}{missing[0]} is missing")
+        rule = replace(rules[shard.key], hf=tuple(PREFIX + name for name in rules[shard.key].hf))
+        live.load_shard(shard, rule, file, vocab_size=chunks[0].true_vocab_size)

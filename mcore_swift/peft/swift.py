@@ -33,6 +33,7 @@ class LoRAConfig:
     use_rslora: bool = False
     use_dora: bool = False
     init: str = "default"  # or pissa
+    modules_to_save: Sequence[str] = ()
     quantization: str = "none"  # nf4 or fp4: the frozen weights in four bits (QLoRA)
     double_quantization: bool = True  # their scales in eight
     seed: int = 1234
@@ -56,6 +57,7 @@ class LoRAConfig:
             rslora=self.use_rslora,
             dora=self.use_dora,
             pissa=self.init == "pissa",
+            modules_to_save=tuple(self.modules_to_save),
             seed=self.seed,
         )
 
@@ -117,11 +119,12 @@ def count_parameters(chunks: Sequence[Any]) -> tuple[int, int]:
     from mcore_swift.weights import live
 
     sizes = parallel.union_over_model({t.name: t.whole_size for t in peft_folder.tensors_of(chunks)})
-    trained = sum(sizes.values())
+    added = sum(sizes.values())
     first = chunks[0]
     shapes = live.global_shapes(chunks)
     specs = live.hf_specs(first.tensor_rules, shapes, vocab_size=first.true_vocab_size, dtype=lambda name: "U8")
-    return trained, trained + sum(spec.nbytes for spec in specs.values())
+    trained = added + sum(spec.nbytes for spec in peft_folder.saved_specs(chunks, "U8").values())
+    return trained, added + sum(spec.nbytes for spec in specs.values())
 
 
 def _chunks(model: Any) -> list[Any]:

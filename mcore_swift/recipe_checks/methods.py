@@ -12,6 +12,7 @@ USERS = {
     "dropout": "lora",
     "rslora": "lora",
     "dora": "lora",
+    "modules_to_save": "lora",
     "init": "lora",
     "quantization": "lora",
     "double_quantization": "lora",

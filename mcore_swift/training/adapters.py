@@ -32,6 +32,7 @@ def settings_of(section: AdapterSection, *, seed: int) -> tuple[LoraSettings, li
         rslora=section.rslora,
         dora=section.dora,
         pissa=section.init == "pissa",
+        modules_to_save=tuple(section.modules_to_save),
         seed=seed,
     )
     return settings, section.targets

@@ -65,10 +65,10 @@ def model_items(chunks: Sequence[Module]) -> ModelItems:
     objects = []
     for chunk in chunks:
         chunk = getattr(chunk, "module", chunk)
-        adapted = hasattr(chunk, "adapters")  # then the model itself is frozen, and stays where it came from
+        adapted = hasattr(chunk, "adapters")  # then the model itself is frozen but for a few modules
         for name, item in sharded_state(chunk).items():
-            if adapted and not item.key.startswith(ADAPTERS):
-                continue
+            if adapted and not item.key.startswith(ADAPTERS) and not getattr(item.data, "requires_grad", False):
+                continue  # it stays where it came from
             if isinstance(item, ShardedObject):
                 objects.append((chunk, name, item))
                 continue

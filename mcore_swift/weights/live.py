@@ -164,7 +164,7 @@ def load(
                 inside = (slice(o, o + n) for o, n in zip(shard.offset, shard.data.shape, strict=True))
                 shard.data.copy_(packed(rule)[tuple(inside)])
             else:
-                _load_shard(shard, rule, folder, vocab_size=vocab_size)
+                load_shard(shard, rule, folder, vocab_size=vocab_size)
 
     with torch.no_grad():
         for item in global_tensors(chunks):
@@ -175,7 +175,8 @@ def load(
     parallel.raise_together(errors[0] if errors else None)
 
 
-def _load_shard(shard: Shard, rule: TensorRule, folder: io.SafetensorsFolder, *, vocab_size: int) -> None:
+def load_shard(shard: Shard, rule: TensorRule, folder: io.SafetensorsFolder, *, vocab_size: int) -> None:
+    """Fills a shard from the folder's tensors that `rule` names; rows that pad the vocabulary become 0."""
     shapes = [folder.entries[name].shape for name in rule.hf]
     rows = sum(shape[0] for shape in shapes if shape)
     needed = (vocab_size if rule.vocabulary else shard.global_shape[0], *shard.global_shape[1:])

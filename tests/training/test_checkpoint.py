@@ -103,19 +103,23 @@ def test_another_layout_has_the_same_numbers(
         nightly({"init": "pissa"}, "TP2 PP2"),
         nightly({"dora": True}, "TP2 PP2"),
         nightly({"dora": True}, "DP1"),
+        slow({"modules_to_save": ["norm", "input_layernorm", "o_proj"], "targets": ["q_proj"]}, "TP2 PP2"),
+        nightly({"modules_to_save": ["norm", "input_layernorm", "o_proj"], "targets": ["q_proj"]}, "DP1"),
     ],
 )
 def test_adapters_alone_are_saved_and_go_on(
     model_folder: Path, tmp_path: Path, method: dict[str, Any], other: str
 ) -> None:
-    adapter = AdapterSection(name="lora", rank=4, targets=["all-linear"], dropout=0.1, **method)
+    fields: dict[str, Any] = {"rank": 4, "dropout": 0.1, "targets": ["all-linear"]}
+    adapter = AdapterSection(name="lora", **fields | method)
     saving, loading = (
         with_checkpoints(recipe_for(model_folder, layout(place), adapter=adapter), tmp_path)
         for place in ("TP2 PP2", other)
     )
     saved, loaded = saved_and_loaded(saving, loading)
     before, after = assemble([rank[0] for rank in saved]), assemble([rank[0] for rank in loaded])
-    assert {key.split(".")[0] for key in before} == {"adapters", "optimizer"}  # not the frozen model
+    in_full = {"decoder"} if "modules_to_save" in method else set()
+    assert {key.split(".")[0] for key in before} == {"adapters", "optimizer"} | in_full  # not the frozen model
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     if other == "TP2 PP2":  # dropout too: at another layout its masks are others
         assert [rank[2] for rank in loaded] == [rank[2] for rank in saved]
