@@ -3,9 +3,9 @@
 Each field's comment, on its own line, is its documentation: `mcore-swift train --help-recipe` prints it. A field that a
 platform, model or other field makes impossible is an error, never ignored. `recipe_io` reads and writes the files.
 
-Relative paths in model.path, model.tokenizer, adapter.path, data.train, data.validation and data.chat_template are
-looked for in the current directory, then in the recipe file's folder; checkpoint.dir and data.cache_dir belong to the
-current directory.
+Relative paths in model.path, model.tokenizer, adapter.path, the paths of adapter.several, data.train, data.validation
+and data.chat_template are looked for in the current directory, then in the recipe file's folder; checkpoint.dir and
+data.cache_dir belong to the current directory.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ class DataSection(_Strict):
     streaming: bool = False  # for data larger than memory: never holds or caches the whole
     cache_dir: str | None = None  # tokenized cache; default: $MCORE_SWIFT_CACHE or ~/.cache/mcore_swift
     chat_template: str | None = None  # a Jinja file to use instead of the tokenizer's own
+    adapter_field: str | None = None  # the field of each row that names its adapter, one of adapter.several
 
     @property
     def fixed_length(self) -> bool:
@@ -90,6 +91,19 @@ class DataSection(_Strict):
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveSection(_Strict):
     name: Literal["sft"] = "sft"  # sft: next-token loss on the tokens that count
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedAdapter(_Strict):
+    """One of adapter.several. What it leaves out is the section's."""
+
+    path: str | None = None  # a PEFT folder to go on from; it decides the others
+    targets: list[str] | None = None
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    rslora: bool | None = None
+    dora: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +120,7 @@ class AdapterSection(_Strict):
     init: Literal["default", "pissa"] = "default"  # pissa: start with the weights' largest singular values
     quantization: Literal["none", "nf4", "fp4"] = "none"  # QLoRA: the frozen weights in four bits (bitsandbytes)
     double_quantization: bool = True  # their scales in eight bits
+    several: dict[str, NamedAdapter] = field(default_factory=dict)  # by name: {math: {rank: 8}, code: {path: DIR}, …}
     learning_rate_ratio: float = 1.0  # LoRA+: learning rate of the B matrices over that of the A matrices
     activation: Literal["gelu", "relu", "silu"] = "gelu"  # bottleneck: between its layers, the inner one of size rank
     layers: list[int] | None = None  # reft: numbers of the layers whose outputs are changed, from 0; None: all

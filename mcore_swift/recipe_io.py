@@ -120,6 +120,7 @@ def check_files(recipe: Recipe) -> None:
     """Raises InputError when a model, tokenizer, template or data file that the recipe names is not there."""
     named = [("model.path", recipe.model.path), ("model.tokenizer", recipe.model.tokenizer)]
     named += [("adapter.path", recipe.adapter.path), ("data.chat_template", recipe.data.chat_template)]
+    named += [(f"adapter.several.{name}.path", one.path) for name, one in recipe.adapter.several.items()]
     if recipe.data.format != "synthetic":
         named += [("data.train", source.path) for source in recipe.data.train]
     named += [("data.validation", source.path) for source in recipe.data.validation]
@@ -207,7 +208,11 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
     return replace(
         recipe,
         model=replace(model, path=found(model.path), tokenizer=optional(model.tokenizer)),
-        adapter=replace(recipe.adapter, path=optional(recipe.adapter.path)),
+        adapter=replace(
+            recipe.adapter,
+            path=optional(recipe.adapter.path),
+            several={name: replace(one, path=optional(one.path)) for name, one in recipe.adapter.several.items()},
+        ),
         data=replace(
             data,
             train=sources(data.train),

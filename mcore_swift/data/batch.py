@@ -49,6 +49,7 @@ class MicroBatch:
     Where the loss mask is 0 the label is 0 (a valid index).
 
     `real`: bool [b, s], false for padding, which experts' loads don't count; None: there is no padding.
+    `adapter`: int64 [b, s], the number of the adapter that each position passes; None: all pass the active one.
     `sequences`: for objectives that compare answers; None for those that only count labels.
     `chosen`: bool [b, s], positions that an adapter asked for; None: none has. Set on the part that a rank computes.
 
@@ -64,6 +65,7 @@ class MicroBatch:
     real: torch.Tensor | None = None
     sequences: Sequences | None = None
     chosen: torch.Tensor | None = None
+    adapter: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         def move(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -79,4 +81,5 @@ class MicroBatch:
             real=move(self.real),
             sequences=None if self.sequences is None else self.sequences.to(device),
             chosen=move(self.chosen),
+            adapter=move(self.adapter),
         )

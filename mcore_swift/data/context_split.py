@@ -56,6 +56,7 @@ def pad_documents(batch: MicroBatch, multiple: int) -> MicroBatch:
         cu_seqlens=boundaries,
         max_seqlen=int(padded.max()),
         real=None if batch.real is None else spread(batch.real),
+        adapter=None if batch.adapter is None else spread(batch.adapter),
         sequences=_with_index(batch.sequences, lambda values: spread(values, NO_ANSWER)),
     )
 
@@ -78,6 +79,7 @@ def lengthen(batch: MicroBatch, length: int) -> MicroBatch:
         cu_seqlens=torch.cat([batch.cu_seqlens, batch.cu_seqlens.new_tensor([length])]),
         max_seqlen=max(batch.max_seqlen, missing),
         real=None if batch.real is None else extend(batch.real),
+        adapter=None if batch.adapter is None else extend(batch.adapter),
         sequences=_with_index(batch.sequences, lambda values: extend(values, NO_ANSWER)),
     )
 
@@ -95,6 +97,7 @@ def part_of(batch: MicroBatch, *, size: int, rank: int) -> MicroBatch:
         loss_mask=batch.loss_mask[:, positions],
         position_ids=batch.position_ids[:, positions],
         real=None if batch.real is None else batch.real[:, positions],
+        adapter=None if batch.adapter is None else batch.adapter[:, positions],
         sequences=_with_index(batch.sequences, lambda values: values[:, positions]),
     )
 

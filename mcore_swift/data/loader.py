@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mcore_swift.data.adapter_field import read_adapters
 from mcore_swift.data.batch import MicroBatch
 from mcore_swift.data.cache import default_cache_dir
 from mcore_swift.data.collate import collate
@@ -36,11 +37,13 @@ def build_loaders(
     tokenizer: PreTrainedTokenizerBase | None,
     seed: int,
     vocab_size: int,
+    adapters: Sequence[str] = (),
 ) -> tuple[TrainLoader, EvalLoader | None]:
     """The training loader, and the validation loader where the recipe asks for one.
 
     Every rank calls it with its own `shape`. `tokenizer` may be None only for synthetic data. `vocab_size`: rows of
-    the model's embedding. Raises InputError for settings or data that can't be used.
+    the model's embedding. `adapters`: the names that a row's data.adapter_field may have. Raises InputError for
+    settings or data that can't be used.
     """
     _check(data)
     if data.format == "synthetic":
@@ -60,8 +63,8 @@ def build_loaders(
         from mcore_swift.data.streaming import build_streaming
 
         train = build_streaming(data, shape=shape, tokenizer=tokenizer, seed=seed)
-        return train, _validation(data, shape=shape, tokenizer=tokenizer)
-    return _build_map(data, shape=shape, tokenizer=tokenizer, seed=seed)
+        return train, _validation(data, shape=shape, tokenizer=tokenizer, adapters=adapters)
+    return _build_map(data, shape=shape, tokenizer=tokenizer, seed=seed, adapters=adapters)
 
 
 def _check(data: DataSection) -> None:
@@ -95,7 +98,10 @@ class TokenizedSamples:
 
     def micro_batch(self, numbers: Sequence[int | None]) -> MicroBatch:
         documents = [[] if number is None else self.samples.documents(number) for number in numbers]
-        return collate(documents, packing=self.packing, shape=self.shape, pad_id=self.pad_id)
+        adapters = None
+        if self.samples.rows.adapter is not None:
+            adapters = [[] if number is None else self.samples.adapters(number) for number in numbers]
+        return collate(documents, packing=self.packing, shape=self.shape, pad_id=self.pad_id, adapters=adapters)
 
     def report(self) -> dict[str, Any]:
         rows = self.samples.rows
@@ -110,11 +116,14 @@ class _Maker:
     data: DataSection
     shape: LoaderShape
     tokenizer: PreTrainedTokenizerBase
+    adapters: Sequence[str]
 
     def tokenize(self, sources: list[SourceSection]) -> TokenizedRows:
         files = find_files(source.path for source in sources)
         cache = default_cache_dir(self.data.cache_dir)
-        return tokenize_files(files, tokenizer=self.tokenizer, format=self.data.format, cache_dir=cache)
+        rows = tokenize_files(files, tokenizer=self.tokenizer, format=self.data.format, cache_dir=cache)
+        field = self.data.adapter_field
+        return rows if field is None else replace(rows, adapter=read_adapters(files, field=field, names=self.adapters))
 
     def samples(self, rows: TokenizedRows, name: str, *, subset: np.ndarray | None = None) -> TokenizedSamples:
         data = self.data
@@ -130,17 +139,24 @@ class _Maker:
         return TokenizedSamples(samples, data=data, shape=self.shape, pad_id=pad_id_of(self.tokenizer))
 
 
-def _validation(data: DataSection, *, shape: LoaderShape, tokenizer: PreTrainedTokenizerBase) -> EvalLoader | None:
+def _validation(
+    data: DataSection, *, shape: LoaderShape, tokenizer: PreTrainedTokenizerBase, adapters: Sequence[str]
+) -> EvalLoader | None:
     if not data.validation:
         return None
-    maker = _Maker(data, shape, tokenizer)
+    maker = _Maker(data, shape, tokenizer, adapters)
     return EvalLoader(maker.samples(maker.tokenize(data.validation), "validation"), shape=shape)
 
 
 def _build_map(
-    data: DataSection, *, shape: LoaderShape, tokenizer: PreTrainedTokenizerBase, seed: int
+    data: DataSection,
+    *,
+    shape: LoaderShape,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    adapters: Sequence[str],
 ) -> tuple[TrainLoader, EvalLoader | None]:
-    maker = _Maker(data, shape, tokenizer)
+    maker = _Maker(data, shape, tokenizer, adapters)
     rows = maker.tokenize(data.train)
     train_rows, validation_rows = None, None
     if data.validation_split:
@@ -155,5 +171,5 @@ def _build_map(
         identity=[rows.key, data.sequence_length, data.packing, data.too_long, data.validation_split],
     )
     if validation_rows is None:
-        return train, _validation(data, shape=shape, tokenizer=tokenizer)
+        return train, _validation(data, shape=shape, tokenizer=tokenizer, adapters=adapters)
     return train, EvalLoader(maker.samples(rows, "validation_split", subset=validation_rows), shape=shape)

@@ -53,6 +53,13 @@ class SampleSet:
     def documents(self, sample: int) -> list[Document]:
         return [self._document(item) for item in self.items[self.offsets[sample] : self.offsets[sample + 1]]]
 
+    def adapters(self, sample: int) -> list[int]:
+        """The number of the adapter of each of a sample's documents, where rows have one."""
+        assert self.rows.adapter is not None
+        starts = self.starts[self.items[self.offsets[sample] : self.offsets[sample + 1]]]
+        rows = np.searchsorted(self.rows.offsets, starts, side="right") - 1
+        return self.rows.adapter[rows].tolist()
+
     def _document(self, item: int) -> Document:
         start = int(self.starts[item])
         end = start + int(self.lengths[item])

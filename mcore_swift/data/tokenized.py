@@ -63,6 +63,7 @@ class TokenizedRows:
     files: list[SourceFile]
     key: str
     seconds: float = 0.0
+    adapter: np.ndarray | None = None  # int64 [rows], the number of each row's adapter
     first_row: int = 0  # the number of row 0 in its file, where the rows are a part of one file
 
     def __len__(self) -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from mcore_swift import parallel
 from mcore_swift.errors import InputError
 from mcore_swift.peft import saved
 from mcore_swift.peft.lora import LoraBranch, LoraSettings
+from mcore_swift.peft.peft_config import DEFAULT
 from mcore_swift.peft.sites import Site, find_sites
 from mcore_swift.peft.targets import select
 from mcore_swift.weights.live import ADAPTERS
@@ -25,6 +28,7 @@ from mcore_swift.weights.rules import TensorRule
 class AdapterTensor:
     """This rank's shard of one of an adapter's tensors. `name`: MODULE.lora_A.weight, as PEFT has it."""
 
+    adapter: str  # its name
     name: str
     parameter: nn.Parameter
     split: int | None  # the axis that `size` ranks share out; this one is number `rank`
@@ -40,17 +44,56 @@ class AdapterTensor:
 
 
 class Adapters(nn.Module):
-    """The adapters of one model chunk, by the numbers of the layers that they hang on.
+    """The adapters of one model chunk, each a set of branches beside its linear layers.
 
+    One is active, or each position of a forward pass goes its own way (`route`). `names`: in the order that they were
+    added, which is their numbers.
     `saved_rules`: the tensors of the whole model that are trained in full beside them, by global key; `saved`: those
     that this chunk has a part of.
     """
 
-    def __init__(self, branches: Sequence[LoraBranch], saved_rules: Mapping[str, TensorRule]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.branches = nn.ModuleList(branches)
-        self.saved_rules: Mapping[str, TensorRule] = saved_rules
+        self.branches = nn.ModuleList()
+        self.names: list[str] = []
+        self.active = DEFAULT
+        self.saved_rules: Mapping[str, TensorRule] = {}
         self.saved: list[saved.SavedTensor] = []
+        self._of_module: dict[int, list[LoraBranch]] = {}
+        self._positions: dict[str, torch.Tensor] = {}  # by adapter: bool [s, b, 1], where a forward pass is routed
+
+    def add(self, name: str, branches: Sequence[LoraBranch]) -> None:
+        """Hangs one more adapter on the layers; the first one is active."""
+        self.active = self.active if self.names else name
+        self.names.append(name)
+        for branch in branches:
+            self.branches.append(branch)
+            beside = self._of_module.setdefault(id(branch.site.module), [])
+            beside.append(branch)
+            if len(beside) == 1:
+                branch.site.module.register_forward_hook(partial(self._hook, beside))
+
+    def _hook(
+        self, branches: Sequence[LoraBranch], module: nn.Module, args: tuple[Any, ...], output: tuple[Any, Any]
+    ) -> tuple[Any, Any]:
+        out, bias = output
+        inputs = args[0]
+        if isinstance(out, tuple):
+            out, inputs = out
+        for branch in branches:
+            if branch.acts and (self._positions or branch.adapter == self.active):
+                out = branch.adapted(inputs, out, self._positions.get(branch.adapter))
+        return out, bias
+
+    def route(self, numbers: torch.Tensor | None) -> None:
+        """What the next forward pass does: position by position the adapter of that number, or None: the active one.
+
+        numbers: int64 [b, s] (the context parallel rank's part, whole over tensor parallel ranks).
+        """
+        self._positions = {}
+        if numbers is not None:
+            columns = numbers.t().unsqueeze(-1)
+            self._positions = {name: columns == number for number, name in enumerate(self.names)}
 
     def tensors(self) -> Iterator[AdapterTensor]:
         for branch in self.branches:
@@ -59,11 +102,13 @@ class Adapters(nn.Module):
                 start = branch.start.get(part.leaf, (None, None, None))  # type: ignore[union-attr]
                 for (kind, split, parameter), first in zip(_of_part(branch, part.leaf, site), start, strict=False):  # type: ignore[arg-type]
                     name = f"{part.name}.{kind}"
-                    yield AdapterTensor(name, parameter, split, site.size, site.rank, site.expert, first)
+                    adapter: str = branch.adapter  # type: ignore[assignment]
+                    yield AdapterTensor(adapter, name, parameter, split, site.size, site.rank, site.expert, first)
 
     def merged(self) -> dict[int, Callable[[], torch.Tensor]]:
-        """id of a layer's weight → what gives that weight with its adapters in it."""
-        return {id(branch.site.weight): branch.merged for branch in self.branches}  # type: ignore[union-attr, misc]
+        """id of a layer's weight → what gives that weight with the active adapter in it."""
+        branches: list[Any] = [branch for branch in self.branches if branch.adapter == self.active]
+        return {id(branch.site.weight): branch.merged for branch in branches}
 
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Megatron's description of the shards, under global keys that don't depend on the layout."""
@@ -74,8 +119,9 @@ class Adapters(nn.Module):
             group, replicas = parallel.expert_weight_groups() if tensor.expert else parallel.weight_groups()
             place = [(tensor.split, tensor.rank, tensor.size)] if tensor.split is not None and tensor.size > 1 else []
             copy = 0 if place else dist.get_rank(group)
-            found[prefix + tensor.name] = ShardedTensor.from_rank_offsets(
-                ADAPTERS + tensor.name, tensor.parameter, *place, replica_id=(0, copy, dist.get_rank(replicas))
+            name = tensor.name if tensor.adapter == DEFAULT else f"{tensor.adapter}.{tensor.name}"
+            found[prefix + name] = ShardedTensor.from_rank_offsets(
+                ADAPTERS + name, tensor.parameter, *place, replica_id=(0, copy, dist.get_rank(replicas))
             )
         return found
 
@@ -90,17 +136,26 @@ def _of_part(branch: LoraBranch, leaf: str, site: Site) -> Iterator[tuple[str, i
 
 
 def attach(
-    chunks: Sequence[Any], rules: Mapping[str, TensorRule], targets: Sequence[str], settings: LoraSettings
+    chunks: Sequence[Any],
+    rules: Mapping[str, TensorRule],
+    targets: Sequence[str],
+    settings: LoraSettings,
+    *,
+    adapter: str = DEFAULT,
 ) -> list[str]:
-    """Freezes the model and hangs adapters on what `targets` name; returns those modules' names.
+    """Freezes the model and hangs an adapter on what `targets` name; returns those modules' names.
 
-    Called on all ranks, with the weights loaded and before Megatron's DDP wraps the chunks. Raises InputError for a
-    target or a module to save that matches nothing, and a rank that is larger than a layer.
+    Called on all ranks, with the weights loaded and before Megatron's DDP wraps the chunks; once for each adapter.
+    Raises InputError for a target or a module to save that matches nothing, a rank that is larger than a layer, and
+    what can't be done beside another adapter.
     """
+    beside: list[str] = chunks[0].adapters.names if hasattr(chunks[0], "adapters") else []
+    _check_beside(adapter, settings, beside)
     names = select(targets, rules)
     in_full = saved.select_saved(settings.modules_to_save, rules, adapted=set(names))
     for chunk in chunks:
-        chunk.requires_grad_(False)
+        if not beside:
+            chunk.requires_grad_(False)
         branches = []
         for site in find_sites(chunk, rules):
             parts = [part for part in site.parts if part.name in set(names)]
@@ -109,11 +164,54 @@ def attach(
             _check_site(settings.rank, site)
             group = (parallel.expert_weight_groups() if site.expert else parallel.weight_groups())[0]
             sequence_parallel = chunk.config.sequence_parallel
-            branches.append(LoraBranch(site, parts, settings, group=group, sequence_parallel=sequence_parallel))
-        chunk.adapters = Adapters(branches, in_full)
-        chunk.adapters.saved = saved.train(chunk, in_full)
-        make_first_activation_differentiable(chunk)
+            branches.append(
+                LoraBranch(site, parts, settings, group=group, sequence_parallel=sequence_parallel, adapter=adapter)
+            )
+        if not beside:
+            chunk.adapters = Adapters()
+            chunk.adapters.saved_rules, chunk.adapters.saved = in_full, saved.train(chunk, in_full)
+            make_first_activation_differentiable(chunk)
+        chunk.adapters.add(adapter, branches)
     return names
+
+
+def _check_beside(adapter: str, settings: LoraSettings, others: Sequence[str]) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", adapter):
+        raise InputError(f"adapter {adapter!r}: its name may have letters, digits, _ and - only (it names a folder)")
+    if adapter in others:
+        raise InputError(f"adapter {adapter!r}: there is one of that name already")
+    for name, asked in (("init: pissa", settings.pissa), ("modules_to_save", settings.modules_to_save)):
+        if asked and others:
+            raise InputError(
+                f"adapter {adapter!r}: {name} changes the model that {others[0]!r} stands on; only the first adapter of"
+                " a model can have it"
+            )
+
+
+def activate(chunks: Sequence[Any], adapter: str) -> None:
+    """Switches to the adapter of that name: it acts and is trained, the others rest. Raises InputError for no such."""
+    for chunk in chunks:
+        known: list[str] = chunk.adapters.names
+        if adapter not in known:
+            raise InputError(f"adapter {adapter!r}: there is none of that name; there are: {', '.join(known)}")
+        chunk.adapters.active = adapter
+        for tensor in chunk.adapters.tensors():
+            tensor.parameter.requires_grad_(tensor.adapter == adapter)
+
+
+def route(model: Any, numbers: torch.Tensor | None) -> None:
+    """Says which adapter each position of the chunk's next forward pass takes (`Adapters.route`); wrapped or not."""
+    while hasattr(model, "module"):
+        model = model.module
+    if isinstance(found := getattr(model, "adapters", None), Adapters):
+        found.route(numbers)
+
+
+def follow_route(model: Any, output: torch.Tensor, numbers: torch.Tensor | None) -> None:
+    """Has the backward pass through `output`, which computes layers again, take the routes of its own forward pass,
+    whatever passes a pipeline has put between the two."""
+    if numbers is not None and output.requires_grad:
+        output.register_hook(lambda gradient: route(model, numbers))
 
 
 @contextlib.contextmanager

@@ -10,13 +10,14 @@ from __future__ import annotations
 import fnmatch
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mcore_swift.errors import InputError, nearest
 from mcore_swift.peft.adapters import Adapters, AdapterTensor, make_first_activation_differentiable
+from mcore_swift.peft.peft_config import DEFAULT
 from mcore_swift.weights.rules import TensorRule
 
 HALVES = {"attention": "self_attention", "mlp": "mlp"}  # words of recipes → GPTModel's names
@@ -58,12 +59,13 @@ class BlockAdapters(Adapters):
     """Those of one model chunk."""
 
     def __init__(self, branches: Sequence[BlockAdapter]) -> None:
-        super().__init__(cast(Any, branches))
+        super().__init__()
+        self.branches.extend(branches)
 
     def tensors(self) -> Iterator[AdapterTensor]:
         for branch in self.branches:
             for kind, parameter in branch.named_parameters():
-                yield AdapterTensor(f"{branch.name}.{kind}", parameter, None, 1, 0, expert=False)
+                yield AdapterTensor(DEFAULT, f"{branch.name}.{kind}", parameter, None, 1, 0, expert=False)
 
     def merged(self) -> dict[int, Callable[[], Tensor]]:
         return {}  # no weight of the model could do what they do

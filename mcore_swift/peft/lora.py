@@ -25,6 +25,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
 
+from mcore_swift.peft.peft_config import DEFAULT
 from mcore_swift.peft.sites import Part, Site
 
 
@@ -70,9 +71,22 @@ class LoraBranch(nn.Module):
     lora_A: [rank, in], lora_B: [rows, rank], magnitude: [rows] (DoRA), each this rank's shard.
     """
 
-    def __init__(self, site: Site, parts: list[Part], settings: LoraSettings, *, group: Any, sequence_parallel: bool):
-        """`parts`: those of the site that are adapted. `group`: the ranks that share out the layer."""
+    def __init__(
+        self,
+        site: Site,
+        parts: list[Part],
+        settings: LoraSettings,
+        *,
+        group: Any,
+        sequence_parallel: bool,
+        adapter: str = DEFAULT,
+    ) -> None:
+        """`parts`: those of the site that are adapted. `group`: the ranks that share out the layer.
+
+        `adapter`: the name of the adapter that this is a part of.
+        """
         super().__init__()
+        self.adapter = adapter
         self.site, self.parts, self.settings, self.group = site, parts, settings, group
         self.sequence_parallel = sequence_parallel and not site.expert
         self.enabled = True
@@ -91,16 +105,8 @@ class LoraBranch(nn.Module):
                 rows = site.rows_of(part, norms).reshape(-1)
                 self.magnitude[part.leaf] = self._parameter(rows, split=0 if site.split == "rows" else None)
         self.enable(True)
-        site.module.register_forward_hook(self._hook)
 
     # --- forward ------------------------------------------------------------------------------------------------------
-
-    def _hook(self, module: nn.Module, args: tuple[Any, ...], output: tuple[Any, Any]) -> tuple[Any, Any]:
-        out, bias = output
-        inputs = args[0]
-        if isinstance(out, tuple):
-            out, inputs = out
-        return (self.adapted(inputs, out) if self.acts else out), bias
 
     @property
     def acts(self) -> bool:
@@ -112,19 +118,29 @@ class LoraBranch(nn.Module):
         if hasattr(self.site.module, "layer_norm_weight"):  # Transformer Engine's fused norm: A wants what comes out
             self.site.module.return_layernorm_output = self.acts  # type: ignore[assignment]
 
-    def adapted(self, inputs: Tensor, out: Tensor) -> Tensor:
-        """inputs [..., in / tp], out [..., rows / tp] of the layer → out with the adapters' part."""
+    def adapted(self, inputs: Tensor, out: Tensor, positions: Tensor | None = None) -> Tensor:
+        """inputs [..., in / tp], out [..., rows / tp] of the layer → out with the adapters' part.
+
+        `positions`: bool [s, b, 1], the positions of the whole sequence that pass this adapter; None: all do. The
+        others are computed and multiplied by 0: ranks exchange the same whatever a batch holds, and every gradient is
+        there.
+        """
+        if positions is not None and positions.size(0) != out.size(0):  # this rank's part (sequence parallelism)
+            positions = positions.chunk(dist.get_world_size(self.group))[dist.get_rank(self.group)]
         low = nn.functional.linear(self._dropped(inputs), self._all_a())
         if self.site.split != "none" and not self.site.expert:
             low = self._exchanged(low)
         if not self.settings.dora:
+            if positions is not None:
+                low = low * positions
             flat = torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self._all_b().t(), alpha=self.settings.scaling)
             return flat.view(out.shape)
         scale, own_bias = self._dora_scale(), self._own_bias()
         bare = out if own_bias is None else out - own_bias
         added = nn.functional.linear(low, self._all_b()) * self.settings.scaling
         result = scale * (bare + added)
-        return result if own_bias is None else result + own_bias
+        result = result if own_bias is None else result + own_bias
+        return result if positions is None else torch.where(positions, result, out)
 
     def _dropped(self, inputs: Tensor) -> Tensor:
         if not (self.training and self.enabled and self.settings.dropout):
@@ -219,7 +235,8 @@ class LoraBranch(nn.Module):
 
     def _first_a(self, part: Part) -> Tensor:
         """A uniform A as torch's Linear starts with, the same at every layout: [rank, in / tp]."""
-        seed = zlib.crc32(f"{self.settings.seed} {part.name}".encode())
+        named = "" if self.adapter == DEFAULT else f" {self.adapter}"
+        seed = zlib.crc32(f"{self.settings.seed} {part.name}{named}".encode())
         bound = 1 / math.sqrt(self.site.in_features)
         a = torch.empty(self.settings.rank, self.site.in_features)
         a.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))

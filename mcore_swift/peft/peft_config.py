@@ -16,6 +16,7 @@ from mcore_swift.errors import InputError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+DEFAULT = "default"  # the name of an adapter that is given none
 
 # adapter_config.json of peft 0.21. Keys that don't change what the merged weights are …
 _ANY = {

@@ -15,7 +15,7 @@ from mcore_swift import parallel
 from mcore_swift.errors import InputError, nearest
 from mcore_swift.peft.adapters import AdapterTensor
 from mcore_swift.peft.lora import LoraSettings
-from mcore_swift.peft.peft_config import CONFIG, PREFIX, WEIGHTS, listed, read_config
+from mcore_swift.peft.peft_config import CONFIG, DEFAULT, PREFIX, WEIGHTS, listed, read_config
 from mcore_swift.peft.saved import modules_of
 from mcore_swift.peft.targets import linear_modules
 from mcore_swift.weights import live
@@ -24,20 +24,23 @@ from mcore_swift.weights.hf_folder import published
 from mcore_swift.weights.rules import TensorRule
 
 
-def tensors_of(chunks: Sequence[Any]) -> list[AdapterTensor]:
-    """This rank's adapters, in model order."""
-    return [tensor for chunk in chunks for tensor in chunk.adapters.tensors()]
+def tensors_of(chunks: Sequence[Any], adapter: str = DEFAULT) -> list[AdapterTensor]:
+    """This rank's part of the adapter of that name, in model order."""
+    return [tensor for chunk in chunks for tensor in chunk.adapters.tensors() if tensor.adapter == adapter]
 
 
 def whole_tensors(
-    chunks: Sequence[Any], *, value: Callable[[torch.Tensor], torch.Tensor] = lambda parameter: parameter.data
+    chunks: Sequence[Any],
+    adapter: str = DEFAULT,
+    *,
+    value: Callable[[torch.Tensor], torch.Tensor] = lambda parameter: parameter.data,
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Whole tensors of the adapters, by PEFT's names without their prefix; each from one rank of the job, on the CPU.
+    """Whole tensors of an adapter, by PEFT's names without their prefix; each from one rank of the job, on the CPU.
 
     Those of modules that are trained in full come first. A collective call. `value` gives what stands for a parameter:
     its data, or its gradient.
     """
-    if chunks[0].adapters.saved_rules:
+    if saved_rules(chunks, adapter):
         trained = {id(tensor.parameter) for chunk in chunks for tensor in chunk.adapters.saved}
 
         def saved(parameter: torch.Tensor) -> torch.Tensor | None:
@@ -46,7 +49,7 @@ def whole_tensors(
         rules, vocab_size = chunks[0].tensor_rules, chunks[0].true_vocab_size
         for name, tensor, _ in live.hf_tensors(chunks, rules, vocab_size=vocab_size, value=saved):
             yield name, tensor
-    for number, tensor in enumerate(tensors_of(chunks)):
+    for number, tensor in enumerate(tensors_of(chunks, adapter)):
         group, replicas = parallel.expert_weight_groups() if tensor.expert else parallel.weight_groups()
         copies = dist.get_world_size(replicas)
         if number % copies == dist.get_rank(replicas):
@@ -54,6 +57,12 @@ def whole_tensors(
             whole = live.gather([_shard(tensor, value(tensor.parameter))], owner, group)
             if whole is not None:
                 yield tensor.name, whole
+
+
+def saved_rules(chunks: Sequence[Any], adapter: str) -> Mapping[str, TensorRule]:
+    """The tensors that are trained in full, by global key: they belong to the first adapter."""
+    adapters = chunks[0].adapters
+    return adapters.saved_rules if adapter == adapters.names[0] else {}
 
 
 def _shard(tensor: AdapterTensor, data: torch.Tensor) -> live.Shard:
@@ -68,28 +77,35 @@ def _shard(tensor: AdapterTensor, data: torch.Tensor) -> live.Shard:
 
 
 def save(
-    chunks: Sequence[Any], rules: Mapping[str, TensorRule], folder: Path, settings: LoraSettings, *, base: str
+    chunks: Sequence[Any],
+    rules: Mapping[str, TensorRule],
+    folder: Path,
+    settings: LoraSettings,
+    *,
+    base: str,
+    adapter: str = DEFAULT,
 ) -> None:
-    """Writes the adapters as a PEFT folder, all ranks together; it appears, or is replaced, when it is whole.
+    """Writes an adapter as a PEFT folder, all ranks together; it appears, or is replaced, when it is whole.
 
     `base`: the base model's name or folder, for adapter_config.json. Raises InputError as `published` does.
     """
     dtypes = {torch.float32: "F32", torch.bfloat16: "BF16"}
-    change = _change(chunks)
-    tensors = tensors_of(chunks)
+    change = _change(chunks, adapter)
+    tensors = tensors_of(chunks, adapter)
     mine = {t.name: (dtypes[t.parameter.dtype], _shard(t, change(t.parameter)).global_shape) for t in tensors}
     if settings.pissa:
         settings = replace(settings, rank=2 * settings.rank, alpha=settings.scaling * 2 * settings.rank, rslora=False)
     shapes = parallel.union_over_model(mine)
     specs = {PREFIX + name: io.TensorSpec(dtype, shape) for name, (dtype, shape) in sorted(shapes.items())}
-    specs |= {PREFIX + name: spec for name, spec in saved_specs(chunks, dtypes[chunks[0].config.params_dtype]).items()}
+    in_full = saved_specs(chunks, dtypes[chunks[0].config.params_dtype], adapter)
+    specs |= {PREFIX + name: spec for name, spec in in_full.items()}
     plan = io.plan_output(specs, max_shard_bytes=float("inf"), single=WEIGHTS)
-    settings = replace(settings, modules_to_save=tuple(modules_of(chunks[0].adapters.saved_rules)))
+    settings = replace(settings, modules_to_save=tuple(modules_of(saved_rules(chunks, adapter))))
     config = config_of([name.rsplit(".lora_", 1)[0] for name in shapes], rules, settings, base=base)
     with published(folder) as partial:
         parallel.on_first_rank(lambda: _begin(partial, plan, config))
         error: OSError | None = None
-        for name, tensor in whole_tensors(chunks, value=change):
+        for name, tensor in whole_tensors(chunks, adapter, value=change):
             try:
                 if error is None:
                     io.write_tensor(partial, plan, PREFIX + name, tensor.to(live.DTYPES[specs[PREFIX + name].dtype]))
@@ -98,10 +114,10 @@ def save(
         parallel.raise_together(error)
 
 
-def _change(chunks: Sequence[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+def _change(chunks: Sequence[Any], adapter: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """What stands for a parameter in a folder. After PiSSA, whose base model has changed too, it is the difference to
     the start, B A − B₀ A₀ = [B, −B₀] [A; A₀], which fits the base model as it was, at twice the rank."""
-    starts = {id(t.parameter): (t.start, t.name.endswith("lora_A.weight")) for t in tensors_of(chunks)}
+    starts = {id(t.parameter): (t.start, t.name.endswith("lora_A.weight")) for t in tensors_of(chunks, adapter)}
 
     def value(parameter: torch.Tensor) -> torch.Tensor:
         start, is_a = starts.get(id(parameter), (None, False))
@@ -112,9 +128,9 @@ def _change(chunks: Sequence[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
     return value
 
 
-def saved_specs(chunks: Sequence[Any], dtype: str) -> dict[str, io.TensorSpec]:
+def saved_specs(chunks: Sequence[Any], dtype: str, adapter: str) -> dict[str, io.TensorSpec]:
     """The tensors of the modules that are trained in full, by Hugging Face's names."""
-    rules = chunks[0].adapters.saved_rules
+    rules = saved_rules(chunks, adapter)
     shapes = live.global_shapes(chunks)
     return live.hf_specs(rules, shapes, vocab_size=chunks[0].true_vocab_size, dtype=lambda name: dtype)
 
@@ -192,8 +208,8 @@ def _names(folder: Path) -> dict[str, str]:
     return {name.removeprefix(PREFIX).replace("_vector.weight", "_vector"): name for name in entries}
 
 
-def load(chunks: Sequence[Any], folder: Path) -> None:
-    """Fills the adapters from a PEFT folder; each rank reads its own shards.
+def load(chunks: Sequence[Any], folder: Path, adapter: str = DEFAULT) -> None:
+    """Fills an adapter from a PEFT folder; each rank reads its own shards.
 
     Raises InputError, on all ranks, for tensors that are missing, left over, mis-shaped or not finite.
     """
@@ -203,8 +219,8 @@ def load(chunks: Sequence[Any], folder: Path) -> None:
     except InputError as problem:
         error = problem
     parallel.raise_together(error)
-    wanted = parallel.union_over_model({tensor.name: 0 for tensor in tensors_of(chunks)})
-    wanted |= {rule.hf[0]: 0 for rule in chunks[0].adapters.saved_rules.values()}
+    wanted = parallel.union_over_model({tensor.name: 0 for tensor in tensors_of(chunks, adapter)})
+    wanted |= {rule.hf[0]: 0 for rule in saved_rules(chunks, adapter).values()}
     try:
         extra = [name for name in names if name not in wanted]
         if extra:
@@ -212,9 +228,9 @@ def load(chunks: Sequence[Any], folder: Path) -> None:
                 f"{folder / WEIGHTS}: {names[extra[0]]} belongs to no adapted layer of this model."
                 f"{nearest(extra[0], list(wanted))}"
             )
-        for tensor in tensors_of(chunks):
+        for tensor in tensors_of(chunks, adapter):
             _fill(tensor, file, names, folder / WEIGHTS)
-        _fill_saved(chunks, file)
+        _fill_saved(chunks, file, saved_rules(chunks, adapter))
     except InputError as problem:
         error = problem
     parallel.raise_together(error)
@@ -239,9 +255,9 @@ def _fill(tensor: AdapterTensor, file: io.SafetensorsFolder, names: Mapping[str,
 
 
 @torch.no_grad()
-def _fill_saved(chunks: Sequence[Any], file: io.SafetensorsFolder) -> None:
+def _fill_saved(chunks: Sequence[Any], file: io.SafetensorsFolder, rules: Mapping[str, TensorRule]) -> None:
     """The modules that are trained in full."""
-    rules, trained = chunks[0].adapters.saved_rules, {id(t.parameter) for c in chunks for t in c.adapters.saved}
+    trained = {id(tensor.parameter) for chunk in chunks for tensor in chunk.adapters.saved}
 
     def chosen(parameter: torch.Tensor) -> torch.Tensor | None:
         return parameter.data if id(parameter) in trained else None

@@ -8,17 +8,20 @@ Swift.print_trainable_parameters(model)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from rich import print
+from torch import Tensor
 
 from mcore_swift import parallel
 from mcore_swift.peft import adapters, peft_folder
 from mcore_swift.peft.lora import LoraSettings
+from mcore_swift.peft.peft_config import DEFAULT
 from mcore_swift.peft.targets import select
 
 
@@ -66,16 +69,17 @@ class Swift:
     """`model` is what `models.build.build_chunks` gave: a chunk, or the list of this rank's chunks."""
 
     @staticmethod
-    def prepare_model[Model](model: Model, config: LoRAConfig) -> Model:
-        """Freezes the model, whose weights must be loaded, and hangs adapters on it. Called by all ranks.
+    def prepare_model[Model](model: Model, config: LoRAConfig, adapter_name: str = DEFAULT) -> Model:
+        """Freezes the model, whose weights must be loaded, and hangs an adapter on it. Called by all ranks.
 
         Raises InputError (a ValueError) for a target that matches nothing or a rank that is larger than a layer.
         """
-        chunks, settings = _chunks(model), config.settings()
+        chunks = _chunks(model)
         select(list(config.target_modules), chunks[0].tensor_rules)  # before anything is changed
+        config.settings()
         if config.quantization != "none":
             Swift.quantize(model, config.quantization, double=config.double_quantization)
-        adapters.attach(chunks, chunks[0].tensor_rules, list(config.target_modules), settings)
+        Swift.add_adapter(model, adapter_name, config)
         return model
 
     @staticmethod
@@ -92,19 +96,53 @@ class Swift:
         return model
 
     @staticmethod
-    def from_pretrained[Model](model: Model, folder: str | Path) -> Model:
-        """Hangs the adapters of a PEFT folder on the model. Called by all ranks; raises as `prepare_model` does."""
+    def add_adapter(model: Any, adapter_name: str, config: LoRAConfig) -> None:
+        """One more adapter on the same base; the one that is active stays so. Raises as `prepare_model` does."""
+        chunks, targets = _chunks(model), list(config.target_modules)
+        adapters.attach(chunks, chunks[0].tensor_rules, targets, config.settings(), adapter=adapter_name)
+
+    @staticmethod
+    def set_adapter(model: Any, adapter_name: str) -> None:
+        """Switches to this adapter, which acts and is trained; the others rest."""
+        adapters.activate(_chunks(model), adapter_name)
+
+    @staticmethod
+    def disable_adapter(model: Any) -> contextlib.AbstractContextManager[None]:
+        """A context in which the model is its base, bit for bit."""
+        return adapters.disabled(_chunks(model))
+
+    @staticmethod
+    @contextlib.contextmanager
+    def mixed_batch(model: Any, adapter_numbers: Tensor) -> Iterator[None]:
+        """A context for one forward and backward pass in which each position takes its own adapter.
+
+        adapter_numbers: int64 [batch, sequence], 0 for the adapter that was added first, and so on; −1: the base.
+        """
+        for chunk in _chunks(model):
+            adapters.route(chunk, adapter_numbers)
+        try:
+            yield
+        finally:
+            for chunk in _chunks(model):
+                adapters.route(chunk, None)
+
+    @staticmethod
+    def from_pretrained[Model](model: Model, folder: str | Path, adapter_name: str = DEFAULT) -> Model:
+        """Hangs the adapter of a PEFT folder on the model. Called by all ranks; raises as `prepare_model` does."""
         chunks = _chunks(model)
         settings, targets = peft_folder.read_settings(Path(folder))
-        adapters.attach(chunks, chunks[0].tensor_rules, targets, settings)
-        peft_folder.load(chunks, Path(folder))
+        adapters.attach(chunks, chunks[0].tensor_rules, targets, settings, adapter=adapter_name)
+        peft_folder.load(chunks, Path(folder), adapter_name)
         return model
 
     @staticmethod
-    def save_pretrained(model: Any, folder: str | Path, config: LoRAConfig, *, base: str) -> None:
-        """Writes the adapters as a PEFT folder, all ranks together. `base`: the base model's name."""
+    def save_pretrained(
+        model: Any, folder: str | Path, config: LoRAConfig, *, base: str, adapter_name: str = DEFAULT
+    ) -> None:
+        """Writes an adapter as a PEFT folder, all ranks together. `base`: the base model's name."""
         chunks = _chunks(model)
-        peft_folder.save(chunks, chunks[0].tensor_rules, Path(folder), config.settings(), base=base)
+        rules = chunks[0].tensor_rules
+        peft_folder.save(chunks, rules, Path(folder), config.settings(), base=base, adapter=adapter_name)
 
     @staticmethod
     def print_trainable_parameters(model: Any) -> None:
@@ -118,12 +156,14 @@ def count_parameters(chunks: Sequence[Any]) -> tuple[int, int]:
     """Parameters of the adapters, and of the model with them, over all ranks; each counted once."""
     from mcore_swift.weights import live
 
-    sizes = parallel.union_over_model({t.name: t.whole_size for t in peft_folder.tensors_of(chunks)})
-    added = sum(sizes.values())
     first = chunks[0]
+    tensors = [tensor for chunk in chunks for tensor in chunk.adapters.tensors()]
+    added = sum(parallel.union_over_model({f"{t.adapter}.{t.name}": t.whole_size for t in tensors}).values())
     shapes = live.global_shapes(chunks)
     specs = live.hf_specs(first.tensor_rules, shapes, vocab_size=first.true_vocab_size, dtype=lambda name: "U8")
-    trained = added + sum(spec.nbytes for spec in peft_folder.saved_specs(chunks, "U8").values())
+    trained = added + sum(
+        spec.nbytes for spec in peft_folder.saved_specs(chunks, "U8", first.adapters.names[0]).values()
+    )
     return trained, added + sum(spec.nbytes for spec in specs.values())
 
 

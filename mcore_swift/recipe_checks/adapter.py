@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 
-from mcore_swift.recipe import AdapterSection, Recipe
+from mcore_swift.recipe import AdapterSection, NamedAdapter, Recipe
 from mcore_swift.recipe_checks.table import Row
 
 # What a PEFT folder that the run goes on from has decided.
@@ -16,6 +17,15 @@ def _changed(section: AdapterSection, *names: str) -> list[str]:
     default = AdapterSection()
     names = names or tuple(field.name for field in fields(section) if field.name != "name")
     return [name for name in names if getattr(section, name) != getattr(default, name)]
+
+
+def _out_of_bounds(one: NamedAdapter) -> bool:
+    return (
+        (one.rank is not None and one.rank < 1)
+        or (one.alpha is not None and one.alpha <= 0)
+        or (one.dropout is not None and not 0 <= one.dropout < 1)
+        or one.targets == []
+    )
 
 
 ADAPTER: list[Row[Recipe]] = [
@@ -74,6 +84,54 @@ ADAPTER: list[Row[Recipe]] = [
         lambda r: not r.adapter.targets,
         "it is empty",
         "name modules such as q_proj, or attention, mlp, experts, all-linear",
+    ),
+    Row(
+        "adapter.several",
+        "a name with other characters than letters, digits, _ and -",
+        lambda r: any(not re.fullmatch(r"[A-Za-z0-9_-]+", name) for name in r.adapter.several),
+        "names become folders",
+        "use letters, digits, _ and - only",
+    ),
+    Row(
+        "adapter.several",
+        "a rank below 1, an alpha of 0 or less, a dropout outside 0 ≤ x < 1, an empty list of targets",
+        lambda r: any(_out_of_bounds(one) for one in r.adapter.several.values()),
+        "such an adapter can't be",
+        "give a possible value",
+    ),
+    Row(
+        "adapter.several",
+        "a path, beside other keys of the same adapter",
+        lambda r: any(one.path and one != NamedAdapter(path=one.path) for one in r.adapter.several.values()),
+        "the folder decides them",
+        "leave those out, or the path to start anew",
+    ),
+    Row(
+        "adapter.several",
+        "any, with adapter.path, adapter.modules_to_save, adapter.init: pissa or adapter.merge: true",
+        lambda r: (
+            r.adapter.several
+            and (r.adapter.path or r.adapter.modules_to_save or r.adapter.init == "pissa" or r.adapter.merge)
+        ),
+        "several adapters stand on one unchanged model, and there is no one model that they are merged into",
+        "give each its own path, and merge the one you want with `mcore-swift merge`",
+    ),
+    Row(
+        "adapter.several data.adapter_field",
+        "one without the other",
+        lambda r: bool(r.adapter.several) != bool(r.data.adapter_field),
+        "each row has to say which of the adapters it trains",
+        "name the rows' field in data.adapter_field, and the adapters in adapter.several",
+    ),
+    Row(
+        "data.adapter_field",
+        "any, with data.streaming, data.format: indexed or synthetic, or an objective.name other than sft",
+        lambda r: (
+            r.data.adapter_field
+            and (r.data.streaming or r.data.format in ("indexed", "synthetic") or r.objective.name != "sft")
+        ),
+        "rows are told apart in tokenized files of conversations, questions and texts, for sft",
+        "leave it out, and train the adapters one by one",
     ),
     Row(
         "moe.expert_bias_update_rate",

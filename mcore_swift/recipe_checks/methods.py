@@ -16,6 +16,7 @@ USERS = {
     "init": "lora",
     "quantization": "lora",
     "double_quantization": "lora",
+    "several": "lora",
     "learning_rate_ratio": "lora",
     "activation": "bottleneck",
     "layers": "reft",

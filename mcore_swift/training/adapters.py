@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mcore_swift.errors import InputError
+from mcore_swift.peft.peft_config import DEFAULT
 from mcore_swift.recipe import AdapterSection, Recipe
 from mcore_swift.weights.rules import TensorRule
 
@@ -68,6 +71,17 @@ def quantized_base(
     )
 
 
+def adapters_of(section: AdapterSection) -> dict[str, AdapterSection]:
+    """The recipe's adapters by name: the several, each a section of its own, or the one."""
+    if not section.several:
+        return {DEFAULT: section}
+    own = {
+        name: {key: value for key, value in vars(one).items() if value is not None}
+        for name, one in section.several.items()
+    }
+    return {name: replace(section, several={}, **changes) for name, changes in own.items()}
+
+
 def prepare(recipe: Recipe, chunks: Sequence[DecoderModel], rules: Mapping[str, TensorRule]) -> None:
     """Freezes the model and hangs the recipe's adapters on it, if it has any."""
     from mcore_swift.peft import adapters, own_folder, peft_folder
@@ -81,14 +95,22 @@ def prepare(recipe: Recipe, chunks: Sequence[DecoderModel], rules: Mapping[str, 
         if section.path is not None:
             own_folder.load(chunks, Path(section.path))
         return
-    settings, targets = settings_of(recipe.adapter, seed=recipe.runtime.seed)
-    adapters.attach(chunks, rules, targets, settings)
-    if recipe.adapter.path is not None:
-        peft_folder.load(chunks, Path(recipe.adapter.path))
+    for name, section in adapters_of(recipe.adapter).items():
+        settings, targets = settings_of(section, seed=recipe.runtime.seed)
+        modules = adapters.attach(chunks, rules, targets, settings, adapter=name)
+        experts = [module for module in modules if ".experts." in module]
+        if recipe.adapter.several and experts:
+            raise InputError(
+                f"adapter.several.{name}: {experts[0]} is one of the experts, which get tokens of all rows mixed; leave"
+                " the experts out of its targets, or train the adapters one by one"
+            )
+        if section.path is not None:
+            peft_folder.load(chunks, Path(section.path), name)
 
 
 def write(recipe: Recipe, model: TrainingModel, run_dir: Path) -> None:
-    """Writes DIR/adapter, PEFT's where it has a format, and DIR/hf, the model with its adapters merged, if asked.
+    """Writes DIR/adapter, PEFT's where it has a format (several adapters: a folder of each in it), and, if asked,
+    DIR/hf, the model with its adapter merged.
 
     Merged in float32; weights in four bits are merged, and written, as what these stand for.
     """
@@ -100,8 +122,10 @@ def write(recipe: Recipe, model: TrainingModel, run_dir: Path) -> None:
         chosen = block_settings(recipe.adapter, seed=recipe.runtime.seed)
         own_folder.save(model.chunks, run_dir / "adapter", recipe.adapter.name, chosen, base=base)
         return
-    settings, _ = settings_of(recipe.adapter, seed=recipe.runtime.seed)
-    peft_folder.save(model.chunks, model.rules, run_dir / "adapter", settings, base=base)
+    for name, section in adapters_of(recipe.adapter).items():
+        settings, _ = settings_of(section, seed=recipe.runtime.seed)
+        folder = run_dir / "adapter" / name if recipe.adapter.several else run_dir / "adapter"
+        peft_folder.save(model.chunks, model.rules, folder, settings, base=base, adapter=name)
     if merges(recipe.adapter):
         adapted: list[Any] = list(model.chunks)
         merged = quantized.values(adapted)
@@ -115,7 +139,7 @@ def write(recipe: Recipe, model: TrainingModel, run_dir: Path) -> None:
 
 def merges(section: AdapterSection) -> bool:
     """Whether the adapters are folded into the model's weights at the end: by default where that is possible."""
-    return section.name == "lora" if section.merge is None else section.merge
+    return section.name == "lora" and not section.several if section.merge is None else section.merge
 
 
 def exports_model(recipe: Recipe) -> bool:

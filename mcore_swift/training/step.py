@@ -68,7 +68,10 @@ def forward_step(
     The batches are this rank's parts: the loss is a sum over them, so context parallel ranks add up like data parallel
     ones.
     """
+    from mcore_swift.peft import adapters
+
     batch = next(batches)
+    adapters.route(model, batch.adapter)
     if batch.chosen is not None:
         _adapters(model).begin(batch.chosen)
     # To hide experts' exchange, Megatron asks for the steps of a forward pass, to mix them with a backward pass's.
@@ -82,6 +85,7 @@ def forward_step(
         packed_seq_params=packed_params(batch),
         padding_mask=None if batch.real is None else ~batch.real,
     )
+    adapters.follow_route(model, output, batch.adapter)
 
     def loss(negative_logps: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         result = objective(-negative_logps.float(), None, batch)

@@ -116,7 +116,12 @@ class Trainer:
             pad_multiple=self.plan.length_multiple,
         )
         return build_loaders(
-            recipe.data, shape=shape, tokenizer=tokenizer, seed=recipe.runtime.seed, vocab_size=self.source.vocab_size
+            recipe.data,
+            shape=shape,
+            tokenizer=tokenizer,
+            seed=recipe.runtime.seed,
+            vocab_size=self.source.vocab_size,
+            adapters=list(recipe.adapter.several),
         )
 
     def _total_steps(self) -> int:

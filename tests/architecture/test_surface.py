@@ -25,12 +25,12 @@ VERBS = {
 KEYS = {
     "model": "path init overrides tokenizer mtp_loss_scale trainable freeze",
     "data": "train validation validation_split format packing sequence_length too_long shuffle streaming cache_dir "
-    "chat_template",
+    "chat_template adapter_field",
     "parallel": "tp pp vpp cp cp_comm_type hierarchical_cp ep etp dp sequence_parallel pipeline_layout "
     "first_stage_layers last_stage_layers account_embedding account_loss",
     "objective": "name",
     "adapter": "name path targets rank alpha dropout rslora dora modules_to_save init quantization double_quantization "
-    "learning_rate_ratio activation layers first_tokens last_tokens merge",
+    "several learning_rate_ratio activation layers first_tokens last_tokens merge",
     "optimizer": "name weight_decay beta1 beta2 eps clip_grad distributed fsdp main_params exp_avg_dtype "
     "exp_avg_sq_dtype offload_fraction galore_rank galore_interval galore_scale galore_targets lisa_layers "
     "lisa_interval muon_momentum muon_nesterov muon_steps "

@@ -57,10 +57,15 @@ def documents(vocab_size: int) -> list[Document]:
     return found
 
 
-def micro_batches(recipe: Recipe, vocab_size: int, place: parallel.Ranks) -> list[MicroBatch]:
-    """This rank's micro-batches of the one global batch that all tests use."""
+def micro_batches(recipe: Recipe, vocab_size: int, place: parallel.Ranks, *, adapters: int = 0) -> list[MicroBatch]:
+    """This rank's micro-batches of the one global batch that all tests use.
+
+    With `adapters`, document i is routed to adapter i % adapters.
+    """
     texts = documents(vocab_size)
     samples = [texts[i : i + 2] for i in range(0, len(texts), 2)] if recipe.data.packing else [[t] for t in texts]
+    numbers = iter(range(len(texts)))
+    routes = [[next(numbers) % max(adapters, 1) for _ in sample] for sample in samples]
     shape = LoaderShape(
         global_batch_size=len(samples),
         micro_batch_size=recipe.schedule.micro_batch_size,
@@ -70,7 +75,13 @@ def micro_batches(recipe: Recipe, vocab_size: int, place: parallel.Ranks) -> lis
         pad_multiple=parallel.resolve(recipe.parallel, world_size=None).length_multiple,
     )
     return [
-        collate([samples[slot] for slot in slots], packing=recipe.data.packing, shape=shape, pad_id=0)
+        collate(
+            [samples[slot] for slot in slots],
+            packing=recipe.data.packing,
+            shape=shape,
+            pad_id=0,
+            adapters=[routes[slot] for slot in slots] if adapters else None,
+        )
         for slots in shape.slots()
     ]
 
@@ -271,10 +282,12 @@ def model_logits(model: Any, batches: Sequence[MicroBatch]) -> list[torch.Tensor
     import torch.distributed as dist
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    from mcore_swift.peft.adapters import route
     from mcore_swift.training.step import packed_params
 
     def forward_step(iterator: Iterator[MicroBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
         batch = next(iterator)
+        route(chunk, batch.adapter)
         output = chunk(batch.tokens, batch.position_ids, None, packed_seq_params=packed_params(batch))
         return output, lambda output, **_: output
 
