@@ -38,6 +38,7 @@ from mcore_swift.parallel import ParallelPlan
 from mcore_swift.recipe import CheckpointSection
 from mcore_swift.training.checkpoint_folder import (
     MANIFEST,
+    check_adapter,
     check_config,
     checkpoint_source,
     complete_checkpoints,
@@ -173,6 +174,8 @@ class CheckpointManager:
 
         def work() -> None:
             check_config(path, self.source)
+            theirs, ours = (yaml.safe_load(text) for text in (manifest["recipe"], self.recipe_text))
+            check_adapter(path, theirs.get("adapter", {}), ours["adapter"])
             index = dist_index.read_index(path)
             model = dist_checkpoint.model_items(models)
             state, put_back = [], lambda: None

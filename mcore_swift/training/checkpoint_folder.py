@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,26 @@ def read_manifest(path: Path) -> dict[str, Any]:
                 f"{path}: this checkpoint is damaged: {name} {state}; remove the folder to go on from an earlier one"
             )
     return manifest
+
+
+# What an adapter is: with another value the numbers in a checkpoint would mean something else.
+ADAPTER_KEYS = (
+    *("name", "path", "targets", "rank", "alpha", "rslora", "dora", "modules_to_save", "init", "several"),
+    *("activation", "layers", "first_tokens", "last_tokens"),
+)
+
+
+def check_adapter(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
+    """Raises InputError naming the first key in which the checkpoint's adapters are others than the run's.
+
+    `theirs` and `ours`: the adapter sections of the two recipes.
+    """
+    for key in ADAPTER_KEYS:
+        if key in theirs and theirs[key] != ours[key]:
+            raise InputError(
+                f"{path}: adapter.{key} is {theirs[key]!r} there, {ours[key]!r} in this recipe; a run goes on with the"
+                " adapters that it was started with: give the same, or choose another checkpoint.dir"
+            )
 
 
 def check_config(path: Path, source: ModelSource) -> None:

@@ -38,6 +38,7 @@ LAYOUTS = {
     "TP2+SP": ParallelSection(tp=2),
     "PP2": ParallelSection(pp=2),
     "DP2": ParallelSection(dp=2),
+    "CP2": ParallelSection(cp=2),
     "TP2xPP2": ParallelSection(tp=2, pp=2),
 }
 METHODS: dict[str, dict[str, Any]] = {
@@ -176,6 +177,7 @@ QUICK = {("qwen3", "lora", "TP2+SP")}
 SLOW = {
     ("qwen2-tied", "lora", "DP2"),
     ("qwen2-tied", "rslora", "PP2"),
+    ("qwen3", "lora", "CP2"),
     ("qwen3", "dora", "TP2"),
     ("qwen3", "dora", "TP2xPP2"),
     ("llama-biases", "dora", "TP2+SP"),

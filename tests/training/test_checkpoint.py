@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from mcore_swift.errors import InputError
 from mcore_swift.parallel import resolve
-from mcore_swift.recipe import AdapterSection, OptimizerSection, ParallelSection, Recipe
+from mcore_swift.recipe import AdapterSection, NamedAdapter, OptimizerSection, ParallelSection, Recipe
+from mcore_swift.training.checkpoint_folder import check_adapter
 from tests.distributed.harness import RankFailure, prepared, run_ranks
 from tests.distributed.rank_model import open_model, recipe_for
 from tests.training.checkpoint_run import (
@@ -105,6 +107,7 @@ def test_another_layout_has_the_same_numbers(
         nightly({"dora": True}, "DP1"),
         slow({"modules_to_save": ["norm", "input_layernorm", "o_proj"], "targets": ["q_proj"]}, "TP2 PP2"),
         nightly({"modules_to_save": ["norm", "input_layernorm", "o_proj"], "targets": ["q_proj"]}, "DP1"),
+        slow({"several": {"a": NamedAdapter(rank=2), "b": NamedAdapter(dora=True, targets=["mlp"])}}, "DP1"),
     ],
 )
 def test_adapters_alone_are_saved_and_go_on(
@@ -123,6 +126,18 @@ def test_adapters_alone_are_saved_and_go_on(
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     if other == "TP2 PP2":  # dropout too: at another layout its masks are others
         assert [rank[2] for rank in loaded] == [rank[2] for rank in saved]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("rank", 8), ("alpha", 8.0), ("targets", ["q_proj"]), ("several", {"a": NamedAdapter(rank=2)})]
+)
+def test_a_run_goes_on_with_its_own_adapters(tmp_path: Path, key: str, value: Any) -> None:
+    own = AdapterSection(name="lora")
+    check_adapter(tmp_path, asdict(own), asdict(replace(own, learning_rate_ratio=2.0, dropout=0.5)))
+    changed = asdict(replace(own, **{key: value}))
+    with pytest.raises(InputError, match=rf"adapter\.{key} is .* there, .* in this recipe; a run goes on with the"):
+        check_adapter(tmp_path, asdict(own), changed)
+    check_adapter(tmp_path, {"name": "lora"}, changed)  # of a version that didn't know the key
 
 
 def test_a_layout_is_compared_as_it_was_written() -> None:
