@@ -116,6 +116,7 @@ class AdapterSection(_Strict):
     dropout: float = 0.0  # on their inputs (0 ≤ x < 1)
     rslora: bool = False  # multiply by alpha / √rank instead
     dora: bool = False  # train the length of the weights' rows apart from their direction
+    share_a: bool = False  # one A for q, k and v, and one for gate and up: fewer parameters, less to compute
     modules_to_save: list[str] = field(default_factory=list)  # trained in full beside them: lm_head, norm, globs
     init: Literal["default", "pissa"] = "default"  # pissa: start with the weights' largest singular values
     quantization: Literal["none", "nf4", "fp4"] = "none"  # QLoRA: the frozen weights in four bits (bitsandbytes)

@@ -18,7 +18,7 @@ from mcore_swift.errors import InputError
 from mcore_swift.peft import saved
 from mcore_swift.peft.lora import LoraBranch, LoraSettings
 from mcore_swift.peft.peft_config import DEFAULT
-from mcore_swift.peft.sites import Site, find_sites
+from mcore_swift.peft.sites import Part, Site, find_sites
 from mcore_swift.peft.targets import select
 from mcore_swift.weights.live import ADAPTERS
 from mcore_swift.weights.rules import TensorRule
@@ -100,7 +100,7 @@ class Adapters(nn.Module):
             site: Site = branch.site  # type: ignore[assignment]
             for part in branch.parts:  # type: ignore[union-attr]
                 start = branch.start.get(part.leaf, (None, None, None))  # type: ignore[union-attr]
-                for (kind, split, parameter), first in zip(_of_part(branch, part.leaf, site), start, strict=False):  # type: ignore[arg-type]
+                for (kind, split, parameter), first in zip(_of_part(branch, part, site), start, strict=False):  # type: ignore[arg-type]
                     name = f"{part.name}.{kind}"
                     adapter: str = branch.adapter  # type: ignore[assignment]
                     yield AdapterTensor(adapter, name, parameter, split, site.size, site.rank, site.expert, first)
@@ -114,8 +114,11 @@ class Adapters(nn.Module):
         """Megatron's description of the shards, under global keys that don't depend on the layout."""
         from megatron.core.dist_checkpointing import ShardedTensor
 
-        found = {}
+        found, seen = {}, set()
         for tensor in self.tensors():
+            if id(tensor.parameter) in seen:  # an A that several modules share is saved once
+                continue
+            seen.add(id(tensor.parameter))
             group, replicas = parallel.expert_weight_groups() if tensor.expert else parallel.weight_groups()
             place = [(tensor.split, tensor.rank, tensor.size)] if tensor.split is not None and tensor.size > 1 else []
             copy = 0 if place else dist.get_rank(group)
@@ -126,10 +129,10 @@ class Adapters(nn.Module):
         return found
 
 
-def _of_part(branch: LoraBranch, leaf: str, site: Site) -> Iterator[tuple[str, int | None, nn.Parameter]]:
+def _of_part(branch: LoraBranch, part: Part, site: Site) -> Iterator[tuple[str, int | None, nn.Parameter]]:
     """PEFT's name, the axis that is shared out, and the parameter, of each tensor of one adapted module."""
-    yield "lora_A.weight", 1 if site.split == "columns" else None, branch.lora_A[leaf]
-    rows = 0 if site.split == "rows" else None
+    yield "lora_A.weight", 1 if site.split == "columns" else None, branch.a_of(part)
+    rows, leaf = 0 if site.split == "rows" else None, part.leaf
     yield "lora_B.weight", rows, branch.lora_B[leaf]
     if leaf in branch.magnitude:
         yield "lora_magnitude_vector", rows, branch.magnitude[leaf]

@@ -33,6 +33,7 @@ from mcore_swift.peft.sites import Part, Site
 class LoraSettings:
     """`alpha`: scaling is alpha / rank, or alpha / √rank with `rslora` (Kalajdzievski 2023, arXiv:2312.03732).
 
+    `share_a`: the modules that one layer is made of (q, k and v; gate and up) have one A together, and each its own B.
     `modules_to_save`: modules that are trained in full beside the adapters, by last names or globs.
     """
 
@@ -42,6 +43,7 @@ class LoraSettings:
     rslora: bool = False
     dora: bool = False
     pissa: bool = False
+    share_a: bool = False
     modules_to_save: tuple[str, ...] = ()
     seed: int = 0
 
@@ -94,7 +96,9 @@ class LoraBranch(nn.Module):
         self.lora_A, self.lora_B, self.magnitude = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         self.start: dict[str, tuple[Tensor, Tensor]] = {}  # PiSSA: the A and B that were taken out of W
         for part in parts:
-            self.lora_A[part.leaf] = self._parameter(self._first_a(part), split=1 if site.split == "columns" else None)
+            if not (settings.share_a and self.lora_A):
+                a = self._parameter(self._first_a(part), split=1 if site.split == "columns" else None)
+                self.lora_A[part.leaf] = a
             zeros = weight.new_zeros(part.local_rows, settings.rank)
             self.lora_B[part.leaf] = self._parameter(zeros, split=0 if site.split == "rows" else None)
         if settings.pissa:
@@ -168,19 +172,26 @@ class LoraBranch(nn.Module):
         return parameter
 
     def _all_a(self) -> Tensor:
-        """[parts · rank, in / tp]."""
-        every = torch.cat(list(self.lora_A.values())) if len(self.parts) > 1 else self.lora_A[self.parts[0].leaf]
+        """[parts · rank, in / tp]; [rank, in / tp] if it is shared."""
+        every = torch.cat(list(self.lora_A.values())) if len(self.lora_A) > 1 else self.lora_A[self.parts[0].leaf]
         return every if self.site.split == "columns" else self._shared(every)
 
+    def a_of(self, part: Part) -> nn.Parameter:
+        return self.lora_A[self.parts[0].leaf if self.settings.share_a else part.leaf]
+
     def _all_b(self) -> Tensor:
-        """[rows / tp, parts · rank]: each row has the B of its own module, in its module's columns, and 0 elsewhere."""
+        """[rows / tp, parts · rank]: each row has the B of its own module, in its module's columns, and 0 elsewhere.
+
+        Where A is shared, [rows / tp, rank]: all have the same columns.
+        """
         if len(self.site.parts) == 1:
             b = self.lora_B[self.parts[0].leaf]
         else:
             rank = self.settings.rank
             rows = self.site.weight.size(0)
-            b = self.site.weight.new_zeros(rows, rank * len(self.parts))
+            b = self.site.weight.new_zeros(rows, rank * len(self.lora_A))
             for number, part in enumerate(self.parts):
+                number = 0 if self.settings.share_a else number
                 place = self.site.rows_of(part, b)[..., number * rank : (number + 1) * rank]
                 place.copy_(self.lora_B[part.leaf].view(place.shape))
         return b if self.site.split == "rows" else self._shared(b)

@@ -228,8 +228,9 @@ def load(chunks: Sequence[Any], folder: Path, adapter: str = DEFAULT) -> None:
                 f"{folder / WEIGHTS}: {names[extra[0]]} belongs to no adapted layer of this model."
                 f"{nearest(extra[0], list(wanted))}"
             )
+        filled: dict[int, str] = {}
         for tensor in tensors_of(chunks, adapter):
-            _fill(tensor, file, names, folder / WEIGHTS)
+            _fill(tensor, file, names, folder / WEIGHTS, filled)
         _fill_saved(chunks, file, saved_rules(chunks, adapter))
     except InputError as problem:
         error = problem
@@ -237,7 +238,10 @@ def load(chunks: Sequence[Any], folder: Path, adapter: str = DEFAULT) -> None:
 
 
 @torch.no_grad()
-def _fill(tensor: AdapterTensor, file: io.SafetensorsFolder, names: Mapping[str, str], path: Path) -> None:
+def _fill(
+    tensor: AdapterTensor, file: io.SafetensorsFolder, names: Mapping[str, str], path: Path, filled: dict[int, str]
+) -> None:
+    """`filled`: the names that parameters have been filled from; a shared A has several, which must be the same."""
     shard = _shard(tensor, tensor.parameter)
     if tensor.name not in names:
         raise InputError(f"{path}: {PREFIX}{tensor.name} is missing")
@@ -251,6 +255,9 @@ def _fill(tensor: AdapterTensor, file: io.SafetensorsFolder, names: Mapping[str,
     values = file.read(name, *place)
     if not bool(torch.isfinite(values).all()):
         raise InputError(f"{path}: tensor {name} has NaN or infinite values")
+    first = filled.setdefault(id(tensor.parameter), name)
+    if first != name and not torch.equal(tensor.parameter, values.to(tensor.parameter)):
+        raise InputError(f"{path}: {name} differs from {first}; adapter.share_a needs one A for both")
     tensor.parameter.copy_(values)
 
 

@@ -36,6 +36,7 @@ class LoRAConfig:
     use_rslora: bool = False
     use_dora: bool = False
     init: str = "default"  # or pissa
+    share_a: bool = False
     modules_to_save: Sequence[str] = ()
     quantization: str = "none"  # nf4 or fp4: the frozen weights in four bits (QLoRA)
     double_quantization: bool = True  # their scales in eight
@@ -50,6 +51,7 @@ class LoRAConfig:
             ("init", self.init in ("default", "pissa"), "default or pissa"),
             ("quantization", self.quantization in ("none", "nf4", "fp4"), "none, nf4 or fp4"),
             ("quantization", self.quantization == "none" or self.init != "pissa", "none with init: pissa"),
+            ("share_a", not (self.share_a and self.init == "pissa"), "False with init pissa (each module has its own)"),
         ):
             if not holds:
                 raise ValueError(f"LoRAConfig.{name}: found {getattr(self, name)!r}; it must be {bound}")
@@ -60,6 +62,7 @@ class LoRAConfig:
             rslora=self.use_rslora,
             dora=self.use_dora,
             pissa=self.init == "pissa",
+            share_a=self.share_a,
             modules_to_save=tuple(self.modules_to_save),
             seed=self.seed,
         )
@@ -157,8 +160,9 @@ def count_parameters(chunks: Sequence[Any]) -> tuple[int, int]:
     from mcore_swift.weights import live
 
     first = chunks[0]
-    tensors = [tensor for chunk in chunks for tensor in chunk.adapters.tensors()]
-    added = sum(parallel.union_over_model({f"{t.adapter}.{t.name}": t.whole_size for t in tensors}).values())
+    tensors = {id(tensor.parameter): tensor for chunk in chunks for tensor in chunk.adapters.tensors()}
+    own = {f"{tensor.adapter}.{tensor.name}": tensor.whole_size for tensor in tensors.values()}
+    added = sum(parallel.union_over_model(own).values())
     shapes = live.global_shapes(chunks)
     specs = live.hf_specs(first.tensor_rules, shapes, vocab_size=first.true_vocab_size, dtype=lambda name: "U8")
     trained = added + sum(

@@ -79,6 +79,13 @@ ADAPTER: list[Row[Recipe]] = [
         "use runtime.recompute instead",
     ),
     Row(
+        "adapter.init",
+        "pissa, with adapter.share_a: true",
+        lambda r: r.adapter.init == "pissa" and r.adapter.share_a,
+        "each module's A starts with its own singular vectors",
+        "choose one of the two",
+    ),
+    Row(
         "adapter.targets",
         "an empty list",
         lambda r: not r.adapter.targets,

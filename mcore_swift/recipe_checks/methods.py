@@ -12,6 +12,7 @@ USERS = {
     "dropout": "lora",
     "rslora": "lora",
     "dora": "lora",
+    "share_a": "lora",
     "modules_to_save": "lora",
     "init": "lora",
     "quantization": "lora",

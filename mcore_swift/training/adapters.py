@@ -27,7 +27,8 @@ def settings_of(section: AdapterSection, *, seed: int) -> tuple[LoraSettings, li
     from mcore_swift.peft.lora import LoraSettings
 
     if section.path is not None:
-        return peft_folder.read_settings(Path(section.path))
+        settings, targets = peft_folder.read_settings(Path(section.path))
+        return replace(settings, share_a=section.share_a), targets
     settings = LoraSettings(
         rank=section.rank,
         alpha=section.alpha,
@@ -35,6 +36,7 @@ def settings_of(section: AdapterSection, *, seed: int) -> tuple[LoraSettings, li
         rslora=section.rslora,
         dora=section.dora,
         pissa=section.init == "pissa",
+        share_a=section.share_a,
         modules_to_save=tuple(section.modules_to_save),
         seed=seed,
     )

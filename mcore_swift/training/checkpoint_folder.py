@@ -78,8 +78,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 # What an adapter is: with another value the numbers in a checkpoint would mean something else.
 ADAPTER_KEYS = (
-    *("name", "path", "targets", "rank", "alpha", "rslora", "dora", "modules_to_save", "init", "several"),
-    *("activation", "layers", "first_tokens", "last_tokens"),
+    *("name", "path", "targets", "rank", "alpha", "rslora", "dora", "share_a", "modules_to_save", "init"),
+    *("several", "activation", "layers", "first_tokens", "last_tokens"),
 )
 
 

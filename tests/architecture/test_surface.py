@@ -29,8 +29,8 @@ KEYS = {
     "parallel": "tp pp vpp cp cp_comm_type hierarchical_cp ep etp dp sequence_parallel pipeline_layout "
     "first_stage_layers last_stage_layers account_embedding account_loss",
     "objective": "name",
-    "adapter": "name path targets rank alpha dropout rslora dora modules_to_save init quantization double_quantization "
-    "several learning_rate_ratio activation layers first_tokens last_tokens merge",
+    "adapter": "name path targets rank alpha dropout rslora dora share_a modules_to_save init quantization "
+    "double_quantization several learning_rate_ratio activation layers first_tokens last_tokens merge",
     "optimizer": "name weight_decay beta1 beta2 eps clip_grad distributed fsdp main_params exp_avg_dtype "
     "exp_avg_sq_dtype offload_fraction galore_rank galore_interval galore_scale galore_targets lisa_layers "
     "lisa_interval muon_momentum muon_nesterov muon_steps "

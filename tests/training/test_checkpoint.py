@@ -107,6 +107,7 @@ def test_another_layout_has_the_same_numbers(
         nightly({"dora": True}, "DP1"),
         slow({"modules_to_save": ["norm", "input_layernorm", "o_proj"], "targets": ["q_proj"]}, "TP2 PP2"),
         nightly({"modules_to_save": ["norm", "input_layernorm", "o_proj"], "targets": ["q_proj"]}, "DP1"),
+        nightly({"share_a": True, "dora": True}, "DP1"),
         slow({"several": {"a": NamedAdapter(rank=2), "b": NamedAdapter(dora=True, targets=["mlp"])}}, "DP1"),
     ],
 )
