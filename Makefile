@@ -16,7 +16,7 @@ help: ## show this list
 setup: ## make .venv with Python 3.12 and the pinned dependencies (EXTRAS="cuda wandb": more of pyproject's extras)
 	@launch/bootstrap.sh $(EXTRAS)
 
-demo: setup ## fine-tune a real model on two pipeline stages on the CPU, and ask it a question before and after
+demo: setup ## train LoRA on a real model, two pipeline stages on the CPU, and ask it a question before and after
 	@$(RUN)/python -m launch.demo
 
 test: setup ## run every test but the full matrix of families and layouts

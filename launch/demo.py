@@ -1,6 +1,7 @@
-"""`make demo`: a real model is fine-tuned by Megatron-Core and answers a question before and after.
+"""`make demo`: adapters for a real model are trained by Megatron-Core; it answers a question before and after.
 
-Fails (exit code 1) unless the loss went down and transformers opens the result; wrong surroundings exit with 2.
+Fails (exit code 1) unless the loss went down, transformers opens the merged model and PEFT the adapter, and the two are
+the same model; wrong surroundings exit with 2.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from mcore_swift.errors import EXIT_FAILED, EXIT_INPUT, InputError
 RECIPE = Path(__file__).parent / "recipes" / "demo.yaml"
 RUN = Path("runs/demo")  # the recipe's checkpoint.dir
 COMPARED_STEPS = 5
+# The merged model's weights are bf16, as the base's: each is rounded once more than base and adapter apart.
+LARGEST_DIFFERENCE = 0.02  # of the log-probabilities of the true answer, nats a token in the mean
 
 # From GSM8K's training part, but not among the rows of the demo.
 QUESTION = (
@@ -46,6 +49,7 @@ def main() -> int:
         return code
     first, last = mean_losses(RUN / "metrics.jsonl")
     after = answer(RUN / "hf", QUESTION)
+    merged, adapted = answer_loss(RUN / "hf"), answer_loss(folder, RUN / "adapter")
 
     for title, text in (("The question", QUESTION), ("Before", before), ("After", after), ("GSM8K's answer", ANSWER)):
         _heading(title)
@@ -53,11 +57,17 @@ def main() -> int:
     _heading("Result")
     print('A model this small learns the form of the answers in 16 steps ("#### 5" at the end), not the arithmetic.')
     print(f"mean loss of the first {COMPARED_STEPS} steps {first:.4f}, of the last {COMPARED_STEPS} {last:.4f}")
-    print(f"the trained model, opened by transformers above: {RUN / 'hf'}")
+    print(f"GSM8K's answer: {answer_loss(folder):.4f} nats a token before, {merged:.4f} after")
+    print(f"the merged model, opened by transformers above: {RUN / 'hf'}")
+    print(f"the adapter, {adapted:.4f} nats a token through peft on the base model: {RUN / 'adapter'}")
     print(f"took {time.monotonic() - started:.0f} s")
-    if not last < first:
-        print("demo: failed: the loss did not go down", file=sys.stderr)
-        return EXIT_FAILED
+    for wrong, what in (
+        (not last < first, "the loss did not go down"),
+        (not abs(merged - adapted) < LARGEST_DIFFERENCE, "the adapter and the merged model are not the same"),
+    ):
+        if wrong:
+            print(f"demo: failed: {what}", file=sys.stderr)
+            return EXIT_FAILED
     return 0
 
 
@@ -77,15 +87,40 @@ def mean_losses(metrics: Path) -> tuple[float, float]:
     return sum(losses[:COMPARED_STEPS]) / COMPARED_STEPS, sum(losses[-COMPARED_STEPS:]) / COMPARED_STEPS
 
 
-def answer(folder: Path, question: str, *, max_new_tokens: int = 120) -> str:
-    """The greedy answer of a Hugging Face folder, through transformers in float32."""
+def opened(folder: Path, adapter: Path | None = None) -> tuple[Any, Any]:
+    """(tokenizer, model) of a Hugging Face folder through transformers, in float32; with PEFT's adapter, if one."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter))
+    return AutoTokenizer.from_pretrained(folder), model
+
+
+def answer_loss(folder: Path, adapter: Path | None = None) -> float:
+    """Nats a token of GSM8K's answer to the question."""
+    import torch
+
+    tokenizer, model = opened(folder, adapter)
+    chat = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+    asked, whole = (
+        tokenizer.apply_chat_template(part, add_generation_prompt=prompt, return_tensors="pt", return_dict=True)
+        for part, prompt in ((chat[:1], True), (chat, False))
+    )
+    labels = whole["input_ids"].clone()
+    labels[:, : asked["input_ids"].shape[1]] = -100
+    with torch.no_grad():
+        return float(model(**whole, labels=labels).loss)
+
+
+def answer(folder: Path, question: str, *, max_new_tokens: int = 120) -> str:
+    """The greedy answer of a Hugging Face folder."""
+    tokenizer, model = opened(folder)
     chat = [{"role": "user", "content": question}]
     prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     tokens = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False)
