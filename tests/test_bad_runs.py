@@ -333,3 +333,25 @@ def test_generate(place: Path) -> None:
     code, _, errors = run_ranks(command, 1, ["generate", str(place / "model"), *ask, "--max-new-tokens", "128"], {})[0]
     assert code == 2
     assert "--max-new-tokens" in errors and "exceed the model's 128" in errors
+
+
+@pytest.mark.slow
+def test_rows_of_several_adapters(place: Path) -> None:
+    """A run that is right, then one with another adapter, and one with a row of none."""
+    rows = [row | {"kind": ("math", "code")[number % 2]} for number, row in enumerate(CHATS)]
+    data = place / "chats.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--data.adapter_field", "kind", "--adapter.name", "lora", "--parallel.pp", "2"]
+    words += ["--adapter.several.math.rank", "4", "--adapter.several.code.targets", "[mlp]"]
+    assert train(place, *words) == (0, "")
+    adapters = place / "run" / "adapter"
+    configs = {f.name: json.loads((f / "adapter_config.json").read_text()) for f in adapters.iterdir()}
+    assert {name: config["r"] for name, config in configs.items()} == {"math": 4, "code": 16}
+    assert configs["code"]["target_modules"] == ["down_proj", "gate_proj", "up_proj"]
+    assert not (place / "run" / "hf").exists()
+    code, said = train(place, *words, "--adapter.several.math.rank", "8", "--schedule.steps", "3")
+    assert code == 2 and "step-00000002: adapter.several is" in said and "a run goes on with the adapters" in said
+    rows[6]["kind"] = "maths"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, said = train(place, *words, "--checkpoint.dir", str(place / "other"))
+    assert code == 2 and f"{data}:7: kind is 'maths', which is none of adapter.several. Did you mean 'math'?" in said

@@ -200,6 +200,7 @@ def test_unreadable_recipes(tmp_path: Path) -> None:
         load_recipe(tmp_path / "model.bin")
 
 
+SEVERAL = "--adapter.name lora --data.adapter_field kind --adapter.several.a.rank 4"
 CONTRADICTIONS = [
     ("--parallel.tp 0", "parallel.tp: found 0; it must be at least 1"),
     ("--schedule.micro_batch_size 0", "schedule.micro_batch_size: found 0; it must be at least 1"),
@@ -291,6 +292,15 @@ CONTRADICTIONS = [
     ("--adapter.name lora --adapter.quantization nf4 --adapter.init pissa", "which are in four bits already"),
     ("--adapter.name lora --adapter.quantization nf4 --precision.fp8 delayed", "every layer in FP8, too"),
     ("--adapter.name lora --adapter.quantization fp4 --runtime.offload_layers 1", "keeps for the backward pass is not"),
+    ("--adapter.name lora --adapter.init pissa --adapter.share_a true", "each module's A starts with its own"),
+    ("--adapter.name lora --adapter.several.a.rank 4", "each row has to say which of the adapters it trains"),
+    ("--data.adapter_field kind", "each row has to say which of the adapters it trains"),
+    (f"{SEVERAL} --adapter.several.a/b.rank 4", "adapter.several: names become folders"),
+    (f"{SEVERAL} --adapter.several.b.rank 0", "adapter.several: such an adapter can't be"),
+    (f"{SEVERAL} --adapter.several.b.path c --adapter.several.b.rank 4", "adapter.several: the folder decides them"),
+    (f"{SEVERAL} --adapter.merge true", "adapter.several: several adapters stand on one unchanged model"),
+    (f"{SEVERAL} --adapter.modules_to_save [norm]", "adapter.several: several adapters stand on one unchanged model"),
+    (f"{SEVERAL} --data.streaming true", "data.adapter_field: rows are told apart in tokenized files"),
     ("--adapter.name lora --moe.expert_bias_update_rate 0.001", "it changes the frozen model's correction biases"),
     ("--adapter.name lora --model.mtp_loss_scale 0.1", "multi-token prediction are frozen"),
     ("--adapter.name lora --optimizer.name muon --optimizer.distributed false", "muon's updates are proved"),
