@@ -99,6 +99,8 @@ def prepare(recipe: Recipe, chunks: Sequence[DecoderModel], rules: Mapping[str, 
         return
     for name, section in adapters_of(recipe.adapter).items():
         settings, targets = settings_of(section, seed=recipe.runtime.seed)
+        if recipe.adapter.quantization != "none":
+            _check_whole(settings, rules)
         modules = adapters.attach(chunks, rules, targets, settings, adapter=name)
         experts = [module for module in modules if ".experts." in module]
         if recipe.adapter.several and experts:
@@ -108,6 +110,19 @@ def prepare(recipe: Recipe, chunks: Sequence[DecoderModel], rules: Mapping[str, 
             )
         if section.path is not None:
             peft_folder.load(chunks, Path(section.path), name)
+
+
+def _check_whole(settings: LoraSettings, rules: Mapping[str, TensorRule]) -> None:
+    from mcore_swift.peft.saved import modules_of, select_saved
+    from mcore_swift.peft.targets import is_linear
+
+    chosen = select_saved(settings.modules_to_save, rules, adapted=())
+    held = modules_of({key: rule for key, rule in chosen.items() if is_linear(rule)})
+    if held:
+        raise InputError(
+            f"adapter.modules_to_save: {held[0]}: its weight is held in four bits (adapter.quantization) and can't be"
+            " trained; give it an adapter instead (adapter.targets)"
+        )
 
 
 def write(recipe: Recipe, model: TrainingModel, run_dir: Path) -> None:

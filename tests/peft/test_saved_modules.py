@@ -18,6 +18,7 @@ from mcore_swift.models.build import read_source
 from mcore_swift.models.keys import weight_rules
 from mcore_swift.peft.saved import select_saved
 from mcore_swift.recipe import AdapterSection, Recipe
+from mcore_swift.training.adapters import _check_whole
 from tests.distributed.harness import run_ranks
 from tests.distributed.rank_model import assert_close, micro_batches, model_logits, open_model, recipe_for
 from tests.peft.test_lora import LAYOUTS, _loss, _peft_run, adapter_at, lora_run, write_rank
@@ -153,3 +154,13 @@ def test_refused(models: Any, variant: str, names: list[str], message: str) -> N
     rules = weight_rules(read_source(models(variant)))
     with pytest.raises(InputError, match=f"adapter.modules_to_save: .*{message}"):
         select_saved(names, rules, adapted={"model.layers.0.self_attn.q_proj"})
+
+
+def test_what_is_held_in_four_bits_is_not_trained(models: Any) -> None:
+    rules = weight_rules(read_source(models("qwen3")))
+    from mcore_swift.peft.lora import LoraSettings
+
+    settings = LoraSettings(rank=4, alpha=8, modules_to_save=("norm", "lm_head"))
+    _check_whole(settings, rules)
+    with pytest.raises(InputError, match=r"layers\.0\.self_attn\.o_proj: its weight is held in four bits"):
+        _check_whole(replace(settings, modules_to_save=("norm", "o_proj")), rules)
