@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: list[str]) -> int:
-    words, overrides = _split_overrides(argv) if argv[:1] in (["train"], ["plan"]) else (argv, [])
+    words, overrides = _split_overrides(argv) if argv[:1] in (["train"], ["plan"], ["launch"]) else (argv, [])
     arguments = vars(build_parser().parse_args(words))
     verb: Callable[..., int] = arguments.pop("run")
     if overrides:
@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_verify(verbs.add_parser("verify", help="are two models the same? tensors, config, logits", allow_abbrev=False))
     _add_inspect(verbs.add_parser("inspect", help="say what a folder or file of weights holds", allow_abbrev=False))
     _add_merge(verbs.add_parser("merge", help="fold a PEFT LoRA adapter into its base model", allow_abbrev=False))
+    _add_launch(verbs.add_parser("launch", help="turn a recipe into a running job", allow_abbrev=False))
     data = verbs.add_parser("data", help="check or prepare training data", allow_abbrev=False)
     data_verbs = data.add_subparsers(title="verbs", metavar="VERB", required=True)
     _add_validate(data_verbs.add_parser("validate", help="report every bad row", allow_abbrev=False))
@@ -159,6 +160,13 @@ def _plan(*, overrides: Sequence[str] = (), **options: Any) -> int:
     from perf.plan import plan
 
     return plan(options.pop("recipe"), overrides=overrides, **options)
+
+
+def _add_launch(parser: argparse.ArgumentParser) -> None:
+    from launch.slurm.options import add_slurm
+
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    add_slurm(verbs.add_parser("slurm", help="submit it to Slurm", allow_abbrev=False), count=_COUNT, natural=_SEED)
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:

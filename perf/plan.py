@@ -28,6 +28,7 @@ from mcore_swift.recipe import Recipe
 from mcore_swift.recipe_checks import RECIPE_RULES, check_recipe
 from mcore_swift.recipe_checks.job import BATCHES, JOB, Batches
 from mcore_swift.recipe_checks.lisa import LISA_LAYERS
+from mcore_swift.recipe_checks.nodes import NODES
 from mcore_swift.recipe_checks.table import explained, refuse
 from perf.parameters import Parameters, RankBytes, model_parameters, rank_bytes, stage_parameters
 
@@ -234,6 +235,7 @@ def _built_lines(outline: Outline, built: dict[str, Any] | None) -> list[str]:
 def _print_rules(as_json: bool) -> None:
     of_recipe = [*RECIPE_RULES, *JOB, *BATCHES, *LISA_LAYERS]
     rules = explained([*of_recipe, *MODEL_RULES, *EXPERT_RULES, *LEVER_RULES, *QUANTIZED_RULES])
+    rules += explained(NODES)
     if as_json:
         print(json.dumps(rules, indent=2, ensure_ascii=False))
         return

@@ -18,6 +18,8 @@ VERBS = {
     "--min-top1 --max-kl --json",
     "inspect": "PATH --json",
     "merge": "BASE ADAPTER DST --dtype",
+    "launch slurm": "RECIPE --nodes --gpus-per-node --fast-domain --run --spares --time --no-requeue --array --sweep "
+    "--dependency --name --site --no-preflight --here --dry-run",
     "data validate": "FILE --format --tokenizer --sequence-length",
     "data prepare": "FILE --output --tokenizer --workers --no-eod",
 }

@@ -1,0 +1,177 @@
+"""What a job's batch script becomes: preflight, then the supervisor on the good nodes, then requeue if there is cause.
+
+It runs on the job's first node, again from the start whenever Slurm requeues the job, and imports nothing heavy: the
+time limit's signal may come at any moment.
+
+Nodes found bad are left out in favour of spares. Too few good ones, or a supervisor that gives 75: the job goes back to
+the queue without the nodes at fault (`ExcNodeList`), at most `max_requeues` times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+from launch.agent.job import RunFolder
+from launch.slurm.hosts import expand, in_leaf_order
+from launch.slurm.prepare import Settings, read_settings
+from mcore_swift.errors import EXIT_FAILED, EXIT_INPUT, EXIT_TRY_AGAIN, InputError
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Steps: beside whatever else the job runs, on all its cores, and not ended because one node is lost.
+SRUN = ["srun", "--overlap", "--ntasks-per-node=1", "--cpu-bind=none", "--kill-on-bad-exit=0", "--no-kill"]
+
+
+class Stop:
+    """Notes the signals that ask for a stop, and passes them on to the process that is waited for."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.child: subprocess.Popen[bytes] | None = None
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        if self.child is not None and self.child.poll() is None:
+            self.child.send_signal(number)
+
+    def run(self, command: Sequence[str], *, seconds: float | None = None) -> int | None:
+        """Runs a command to its end and returns its exit code; None: it took longer than `seconds` and was ended."""
+        self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+        if self.received is not None:  # it came while there was no child
+            self.child.send_signal(self.received)
+        try:
+            return self.child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.child.wait(3)
+            self.child.kill()
+            return None
+        finally:
+            self.child = None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    stop = Stop()  # before anything that takes time
+    parser = argparse.ArgumentParser(prog="python -m launch.slurm.job", allow_abbrev=False)
+    parser.add_argument("--run", type=Path, required=True)
+    run: Path = parser.parse_args(argv).run
+    try:
+        return _job(run, stop)
+    except InputError as error:
+        say(f"error: {error}")
+        return EXIT_INPUT
+
+
+def say(text: str) -> None:
+    print(f"mcore-swift: {time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def _job(run: Path, stop: Stop) -> int:
+    settings = read_settings(run)
+    folder = RunFolder(run)
+    folder.write_job(replace(folder.job(), id=os.environ["SLURM_JOB_ID"]))
+    hosts = job_hosts()
+    bad: dict[str, str] = {}
+    if settings.preflight is not None:
+        from launch.slurm.preflight import preflight
+
+        bad = preflight(run, settings, hosts, stop)
+        for host, reason in bad.items():
+            say(f"preflight: {host} is left out: {reason}")
+    good = [host for host in hosts if host not in bad]
+    if stop.received is not None:
+        return _again(settings, "stopped before the start", [])
+    if len(good) < settings.nodes:
+        reason = f"{len(good)} of {len(hosts)} nodes are good, {settings.nodes} are needed"
+        return _again(settings, reason, list(bad))
+    code = stop.run(supervisor_words(settings, run, good))
+    if code != EXIT_TRY_AGAIN:
+        return EXIT_FAILED if code is None or code < 0 else code
+    verdict = (folder.verdicts() or [{}])[-1]
+    return _again(settings, str(verdict.get("line", "the run can go on")), verdict.get("exclude", []))
+
+
+def job_hosts() -> list[str]:
+    """The job's nodes that answer, along the leaf switches."""
+    hosts = expand(os.environ["SLURM_JOB_NODELIST"])
+    topology = _output(["scontrol", "show", "topology"])
+    down = _output(["sinfo", "--noheader", "--responding", "--format=%n", "--nodes", os.environ["SLURM_JOB_NODELIST"]])
+    answering = set(down.split()) or set(hosts)
+    return in_leaf_order([host for host in hosts if host in answering], topology)
+
+
+def placed(settings: Settings, hosts: Sequence[str]) -> list[str]:
+    """Hosts in the order of node ranks, then the spares."""
+    return [hosts[index] for index in settings.order] + list(hosts[settings.nodes :])
+
+
+def agent_words(settings: Settings) -> list[str]:
+    """What starts the agents of one attempt; the supervisor fills in the braces."""
+    where = ["--nodes={count}", "--nodelist={nodes}"]
+    return [*SRUN, *where, *settings.srun, *settings.python, "-m", "launch.agent", "--run={run}", "--attempt={attempt}"]
+
+
+def supervisor_words(settings: Settings, run: Path, hosts: Sequence[str]) -> list[str]:
+    words = [sys.executable, "-m", "launch.supervise", "--run", str(run), "--hosts", ",".join(placed(settings, hosts))]
+    return [*words, "--", *agent_words(settings)]
+
+
+def preflight_words(settings: Settings, folder: Path, hosts: Sequence[str], clock: str) -> list[str]:
+    """One step over all nodes."""
+    where = [f"--nodes={len(hosts)}", f"--nodelist={','.join(hosts)}"]
+    words = [*SRUN, *where, *settings.srun, *settings.python, "-m", "launch.preflight"]
+    words += [f"--folder={folder}", f"--hosts={','.join(hosts)}", f"--clock={clock}"]
+    words += [f"--gpus={0 if settings.on_cpu else settings.gpus_per_node}"]
+    return [*words, *(f"--limit={limit}" for limit in (settings.preflight or "").split())]
+
+
+def _again(settings: Settings, reason: str, exclude: Sequence[str]) -> int:
+    """Sends the job back to the queue where that is wanted and allowed; returns the exit code for where it is not."""
+    job, restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    if not settings.requeue:
+        say(f"{reason}; submit {os.environ.get('SLURM_JOB_NAME', 'the job')} again to go on")
+        return EXIT_TRY_AGAIN
+    if restarts >= settings.max_requeues:
+        say(f"{reason}; not again: requeued {restarts} times already")
+        return EXIT_FAILED
+    shown = _output(["scontrol", "--oneliner", "show", "job", job])
+    if _field(shown, "JobState") != "RUNNING":  # cancelled, or already on its way back to the queue
+        say(f"{reason}; Slurm has the job as {_field(shown, 'JobState')}")
+        return EXIT_TRY_AGAIN
+    if exclude:
+        before = _field(shown, "ExcNodeList")
+        listed = sorted({*expand(before), *exclude})
+        _output(["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(listed)}"])
+    say(f"{reason}; requeued" + (f" without {', '.join(exclude)}" if exclude else ""))
+    _output(["scontrol", "requeue", job])  # ends this process, too
+    time.sleep(60)
+    return EXIT_TRY_AGAIN
+
+
+def _field(text: str, name: str) -> str:
+    value = text.partition(f" {name}=")[2].split(" ")[0].strip()
+    return "" if value == "(null)" else value
+
+
+def _output(words: Sequence[str]) -> str:
+    """What a Slurm command prints; nothing where it fails, which is said."""
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    if done.returncode:
+        say(f"{' '.join(words)}: {done.stderr.strip()}")
+    return done.stdout if done.returncode == 0 else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
