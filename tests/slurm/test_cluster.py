@@ -88,7 +88,7 @@ def test_preflight_names_the_node_that_is_broken(cluster: Cluster, place: Path) 
 def test_everything_dies_with_the_cluster() -> None:
     with Cluster(nodes=2) as cluster:
         folder = cluster.folder
-        job = cluster.sbatch("--wrap", "srun -N2 sleep 1000", "-N2")
+        job = cluster.sbatch("--wrap", "srun -N2 sleep 1000", "-N2", "--output=/dev/null")
         cluster.wait(job, states={"RUNNING"})
         if not cluster.plain:
             cluster.until(lambda: cluster.processes_on("n02", "sleep 1000"), seconds=20, what="the step runs")
