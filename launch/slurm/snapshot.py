@@ -29,16 +29,15 @@ def snapshot_code(destination: Path) -> dict[str, Any]:
     From git, changes to tracked files included, where this is a checkout; else the installed packages.
     """
     destination.mkdir(parents=True)
-    commit = _git("rev-parse", "HEAD")
-    if commit is None or _git("rev-parse", "--show-toplevel") != str(ROOT):
+    commit = _git("rev-parse", "HEAD") if _git("rev-parse", "--show-toplevel") == str(ROOT) else None
+    # A commit of the working tree as it stands; nothing in the checkout or its stash list changes.
+    tree = _git("-c", "user.name=mcore-swift", "-c", "user.email=mcore-swift", "stash", "create")
+    if commit is None or tree is None:
         for package in PACKAGES:
             shutil.copytree(ROOT / package, destination / package, ignore=shutil.ignore_patterns("__pycache__"))
         return {"version": metadata.version("mcore-swift")}
-    # A commit of the working tree as it stands; nothing in the checkout or its stash list changes.
-    tree = _git("stash", "create") or commit
-    archive = subprocess.run(
-        ["git", "archive", "--format=tar", tree, *PACKAGES], cwd=ROOT, capture_output=True, check=True
-    ).stdout
+    command = ["git", "archive", "--format=tar", tree or commit, *PACKAGES]
+    archive = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
     with tarfile.open(fileobj=BytesIO(archive)) as tar:
         tar.extractall(destination, filter="data")
     return {"commit": commit, "changes": (_git("status", "--porcelain", "--", *PACKAGES) or "").splitlines()}

@@ -279,6 +279,8 @@ def _here(options: Options) -> int:
             options, nodes=nodes, gpus_per_node=gpus, name=name, overrides=overrides, sweep=(), array=None, here=False
         )
         found = _checked(asked, run=run)
+        if options.run_folder is None and run.exists():  # this job's own, which Slurm stopped before it was complete
+            shutil.rmtree(run)
         check_new(run)
         write(found)
         print(f"mcore-swift: run {run}", flush=True)
