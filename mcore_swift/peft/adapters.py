@@ -88,10 +88,14 @@ class Adapters(nn.Module):
     def route(self, numbers: torch.Tensor | None) -> None:
         """What the next forward pass does: position by position the adapter of that number, or None: the active one.
 
-        numbers: int64 [b, s] (the context parallel rank's part, whole over tensor parallel ranks).
+        numbers: int64 [b, s] (the context parallel rank's part, whole over tensor parallel ranks). Raises InputError
+        for adapters on experts, whose inputs are other ranks' tokens, sorted.
         """
         self._positions = {}
         if numbers is not None:
+            branches: list[Any] = list(self.branches)
+            if experts := [branch.parts[0].name for branch in branches if branch.site.expert]:
+                raise InputError(f"adapters on experts ({experts[0]}) can't be mixed in one batch: switch between them")
             columns = numbers.t().unsqueeze(-1)
             self._positions = {name: columns == number for number, name in enumerate(self.names)}
 

@@ -197,6 +197,16 @@ def experts_rank(recipe: Recipe) -> str:
     return str(caught.value)
 
 
+def experts_from_python_rank(recipe: Recipe) -> str:
+    from mcore_swift import LoRAConfig, Swift
+
+    chunks = open_model(recipe).chunks
+    Swift.prepare_model(chunks, LoRAConfig(rank=4, target_modules=["experts"]))
+    with pytest.raises(InputError) as caught, Swift.mixed_batch(chunks, torch.zeros(1, 8, dtype=torch.int64)):
+        pass
+    return str(caught.value)
+
+
 @pytest.mark.slow
 def test_adapters_on_experts_are_not_mixed(models: Any) -> None:
     model = models("qwen3-moe")
@@ -204,6 +214,8 @@ def test_adapters_on_experts_are_not_mixed(models: Any) -> None:
     adapter = AdapterSection(name="lora", rank=4, several=several, merge=False)
     said = run_ranks(experts_rank, 1, recipe_for(model, adapter=adapter))[0]
     assert said.startswith("adapter.several.b: model.layers.0.mlp.experts.0.gate_proj is one of the experts")
+    said = run_ranks(experts_from_python_rank, 1, recipe_for(model))[0]
+    assert said.startswith("adapters on experts (model.layers.0.mlp.experts.0.gate_proj) can't be mixed in one batch")
 
 
 def api_rank(recipe: Recipe) -> list[str]:
