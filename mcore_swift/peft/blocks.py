@@ -60,6 +60,7 @@ class BlockAdapters(Adapters):
 
     def __init__(self, branches: Sequence[BlockAdapter]) -> None:
         super().__init__()
+        self.names.append(DEFAULT)
         self.branches.extend(branches)
 
     def tensors(self) -> Iterator[AdapterTensor]:
