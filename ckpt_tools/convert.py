@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -18,23 +15,19 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ckpt_tools import transfer as engine
+from ckpt_tools.partial import DTYPES, Job, Part, fingerprint_of, finish, locked, prepare
 from ckpt_tools.plan import plan_transfer
 from ckpt_tools.source import HFSource, MegatronSource, is_gguf, open_source
-from ckpt_tools.torch_dist import CheckpointPlan, optimizer_bytes
+from ckpt_tools.torch_dist import optimizer_bytes, optimizer_states
 from mcore_swift.errors import InputError
-from mcore_swift.training.checkpoint_folder import MANIFEST, sync
 from mcore_swift.weights.dist_index import read_index
-from mcore_swift.weights.hf_folder import copy_metadata
 
-DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 MAX_SHARD_BYTES = 5 * 10**9
-JOURNAL = "journal"
-LOCK_PATIENCE = 2.0  # seconds
+WORKERS = 4  # they wait for the disk half of their time: 4 were fastest on 2 cores (perf/results)
 USUAL_SPEED = 500e6  # bytes a second, for the estimate of --dry-run
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -51,7 +44,7 @@ class Report:
     seconds: float
     resumed: int = 0  # bytes that an earlier, interrupted run had written
     nonfinite: dict[str, int] = field(default_factory=dict)  # tensor → its NaN and infinite values
-    left_aside: int = 0  # bytes of optimizer state, which a Hugging Face folder has no place for
+    left_aside: int = 0  # bytes of optimizer state that was not asked for
 
     def line(self) -> str:
         speed = (self.bytes_written - self.resumed) / max(self.seconds, 1e-9) / 1e6
@@ -84,12 +77,15 @@ def convert(
     config: Path | None = None,
     strict: bool = False,
     download: bool = False,
+    optimizer: bool = False,
 ) -> Report:
     """Converts Hugging Face → Megatron, Megatron → Hugging Face, or GGUF → Hugging Face: found from the contents.
 
     source: a path, or a hub id, which is looked up in the local cache (and downloaded only with `download`).
     dtype: bf16, fp16 or fp32 for all tensors; None keeps each one's own. max_shard_size: bytes of a file.
-    strict: NaN and Inf are refused. Raises InputError for whatever is wrong with the input, before DST exists.
+    strict: NaN and Inf are refused. optimizer: what a Megatron checkpoint's optimizer holds of each weight (Adam's
+    moments; fp32 weights where the model's are coarser) goes to DST/optimizer/NAME, safetensors of the weights' names,
+    in the dtype that it is stored in. Raises InputError for whatever is wrong with the input, before DST exists.
     """
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype: found {dtype!r}; allowed: {', '.join(DTYPES)}")
@@ -97,80 +93,91 @@ def convert(
     path = find_source(source, download=download)
     _check_destination(path, destination)
     if is_gguf(path):
+        if optimizer:
+            raise InputError(f"{path}: a GGUF file holds no optimizer state (--optimizer)")
         return _convert_gguf(path, destination, dtype, max_shard_size=max_shard_size, config=config, dry_run=dry_run)
     opened = open_source(path, config=config)
     partial = destination.with_name(f".{destination.name}.partial")
     bulk, layout = plan_transfer(
         opened, partial, dtype=DTYPES.get(dtype or ""), max_shard_bytes=max_shard_size or MAX_SHARD_BYTES
     )
+    job = Job(opened, destination, dtype, [Part(opened, bulk, layout, partial)])
+    if optimizer:
+        job.parts.extend(_optimizer_parts(opened, partial, max_shard_bytes=max_shard_size or MAX_SHARD_BYTES))
     planned = Report(
         direction="Hugging Face → Megatron" if bulk.to_megatron else "Megatron → Hugging Face",
-        tensors=len(bulk.targets),
-        files=len(layout.sizes),
-        bytes_read=bulk.bytes_read,
-        bytes_written=bulk.nbytes,
-        seconds=bulk.nbytes / USUAL_SPEED,
-        left_aside=0 if bulk.to_megatron else optimizer_bytes(read_index(opened.path)),
+        tensors=sum(len(part.bulk.targets) for part in job.parts),
+        files=sum(len(part.layout.sizes) for part in job.parts),
+        bytes_read=sum(part.bulk.bytes_read for part in job.parts),
+        bytes_written=(written := sum(part.bulk.nbytes for part in job.parts)),
+        seconds=written / USUAL_SPEED,
+        left_aside=0 if bulk.to_megatron or optimizer else optimizer_bytes(read_index(opened.path)),
     )
     if dry_run:
         return planned
-    fingerprint = _fingerprint(opened, layout, dtype=dtype)
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(destination):
-            job = _Job(opened, bulk, layout, partial, destination, dtype)
-            return _run(job, fingerprint, planned, workers=workers or min(4, os.cpu_count() or 1), strict=strict)
+        with locked(destination):
+            return _run(job, planned, workers=workers or WORKERS, strict=strict)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             shutil.rmtree(partial, ignore_errors=True)
+            needed = sum(sum(part.layout.sizes.values()) for part in job.parts)
             raise InputError(
-                f"{destination}: {error.strerror}: {_size(sum(layout.sizes.values()))} are needed,"
+                f"{destination}: {error.strerror}: {_size(needed)} are needed,"
                 f" {_size(shutil.disk_usage(destination.parent).free)} are free; nothing was left there"
             ) from error
         place = "" if error.filename is None else f"{error.filename}: "
         raise InputError(f"{destination}: can't be written: {place}{error.strerror or error}") from error
 
 
-@dataclass(frozen=True)
-class _Job:
-    source: HFSource | MegatronSource
-    bulk: engine.Transfer
-    layout: CheckpointPlan
-    partial: Path
-    destination: Path
-    dtype: str | None
+def _optimizer_parts(source: HFSource | MegatronSource, partial: Path, *, max_shard_bytes: int) -> Iterator[Part]:
+    """A part for each kind of state. Raises InputError when there is none."""
+    states = optimizer_states(read_index(source.path)) if isinstance(source, MegatronSource) else []
+    if not states or not isinstance(source, MegatronSource):
+        raise InputError(
+            f"{source.path}: holds no optimizer state (--optimizer); a checkpoint that `mcore-swift train` wrote with"
+            " checkpoint.optimizer=true does"
+        )
+    for name in states:
+        state = MegatronSource(source.path, config=source.config, state=name)
+        folder = partial / "optimizer" / name
+        yield Part(state, *plan_transfer(state, folder, dtype=None, max_shard_bytes=max_shard_bytes), folder)
 
 
-def _run(job: _Job, fingerprint: str, planned: Report, *, workers: int, strict: bool) -> Report:
-    bulk, partial = job.bulk, job.partial
+def _run(job: Job, planned: Report, *, workers: int, strict: bool) -> Report:
     begun = time.perf_counter()
     if job.destination.exists():  # the one who had the lock before has finished it
         raise InputError(f"{job.destination}: exists already; name a folder that doesn't")
-    journal = partial / JOURNAL
-    _prepare(partial, job.layout, fingerprint)
-    earlier = engine.read_journal(journal)
-    left = [number for number in range(len(bulk.tasks)) if number not in earlier]
-    resumed = planned.bytes_written - sum(_task_bytes(bulk, number) for number in left)
+    fingerprint = fingerprint_of(job)
+    left: list[list[int]] = []
+    resumed = planned.bytes_written
     bad: dict[str, int] = {}
 
-    def count(number: int, values: int) -> None:
-        name = bulk.tasks[number].name
+    def count(part: Part, number: int, values: int) -> None:
+        name = part.bulk.tasks[number].name
         if values:
             bad[name] = bad.get(name, 0) + values
         if values and strict:
             raise InputError(f"{job.source.path}: tensor {name} has {values} NaN or infinite values (--strict)")
 
     try:
-        for number, values in earlier.items():
-            count(number, values)
+        prepare(job, fingerprint)
+        for part in job.parts:
+            earlier = engine.read_journal(part.journal)
+            left.append([number for number in range(len(part.bulk.tasks)) if number not in earlier])
+            resumed -= sum(_task_bytes(part.bulk, number) for number in left[-1])
+            for number, values in earlier.items():
+                count(part, number, values)
         with _progress(planned.bytes_written, resumed) as advance:
-            for done in engine.run_tasks(bulk, left, journal, workers=workers):
-                advance(done.nbytes)
-                count(done.number, done.nonfinite)
+            for part, numbers in zip(job.parts, left, strict=True):
+                for done in engine.run_tasks(part.bulk, numbers, part.journal, workers=workers):
+                    advance(done.nbytes)
+                    count(part, done.number, done.nonfinite)
     except InputError:  # going on would not help: nothing half-written stays
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(job.partial, ignore_errors=True)
         raise
-    _finish(job)
+    finish(job)
     return replace(planned, seconds=time.perf_counter() - begun, resumed=resumed, nonfinite=bad)
 
 
@@ -206,110 +213,6 @@ def _check_destination(source: Path, destination: Path) -> None:
         raise InputError(f"{destination}: exists already; name a folder that doesn't")
     if source.is_dir() and destination.resolve().is_relative_to(source.resolve()):
         raise InputError(f"{destination}: lies inside the source {source}; name a folder outside")
-
-
-@contextlib.contextmanager
-def _locked(destination: Path) -> Iterator[None]:
-    """Holds the lock of `destination`; the kernel lets go of it when the process dies. Raises InputError if held."""
-    path = destination.with_name(f".{destination.name}.lock")
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        held = _try_lock(descriptor, path)
-        if not held:
-            raise InputError(
-                f"{destination}: another conversion is writing it; wait for that one, or choose another DST"
-            )
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-    finally:
-        os.close(descriptor)
-
-
-def _try_lock(descriptor: int, path: Path) -> bool:
-    """Locks the file. A killed run's workers, which hold the lock too, take a moment to die: they are waited for."""
-    deadline = time.monotonic() + LOCK_PATIENCE
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return os.stat(path).st_ino == os.fstat(descriptor).st_ino  # else its holder has just removed it
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.02)
-
-
-def _fingerprint(source: HFSource | MegatronSource, layout: CheckpointPlan, *, dtype: str | None) -> str:
-    """Says whether a partial folder was begun for the same result: the source's files and what is planned from them."""
-    files = {block.file for stored in (*source.stored.values(), *source.scales.values()) for block in stored.blocks}
-    stats = {str(path.resolve()): path.stat() for path in files}
-    content: dict[str, Any] = {
-        "files": sorted((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats.items()),
-        "sizes": layout.sizes,
-        "config": source.model.raw,
-        "dtype": dtype,
-        "tensors": [(name, item.dtype, item.shape) for name, item in layout.tensors.items()],
-    }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-# --- the partial folder -----------------------------------------------------------------------------------------------
-
-
-def _prepare(partial: Path, layout: CheckpointPlan, fingerprint: str) -> None:
-    """Creates the files at full size, with everything but the tensors; leaves a folder begun for the same result."""
-    mark = partial / JOURNAL / "begun"
-    if mark.is_file() and mark.read_text() == fingerprint:
-        return
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / JOURNAL).mkdir(parents=True)
-    for name, size in layout.sizes.items():
-        with (partial / name).open("wb") as file:
-            # Claims the space now: a full disk is found before hours of writing, and not in the middle of a file.
-            os.posix_fallocate(file.fileno(), 0, max(size, 1))
-            file.truncate(size)
-            for owner, start, data in layout.fixed:
-                if owner == name:
-                    file.seek(start)
-                    file.write(data)
-    mark.with_suffix(".new").write_text(fingerprint)
-    os.rename(mark.with_suffix(".new"), mark)
-
-
-def _finish(job: _Job) -> None:
-    """Writes the small files and gives the folder its name."""
-    for name, content in job.layout.small.items():
-        (job.partial / name).write_bytes(content)
-    home = job.partial / "hf" if job.bulk.to_megatron else job.partial
-    home.mkdir(exist_ok=True)
-    dtype = DTYPES[job.dtype] if job.dtype else "BF16" if job.source.scales else None
-    copy_metadata(job.source.model, home, dtype=dtype)
-    shutil.rmtree(job.partial / JOURNAL)
-    if job.bulk.to_megatron:
-        _write_manifest(job.partial)
-    for path in (*job.partial.rglob("*"), job.partial):  # a power cut must not leave a folder that only looks whole
-        sync(path)
-    os.rename(job.partial, job.destination)
-
-
-def _write_manifest(folder: Path) -> None:
-    """What the trainer looks for in a checkpoint: that it is in full, and that it holds weights only."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    manifest = {
-        "format": 1,
-        "step": 0,
-        "loader": {},
-        "samples": 0,
-        "optimizer_step": None,
-        "plan": None,
-        "recipe": "",
-        "versions": {name: version(name) for name in ("torch", "megatron-core")},
-        "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
-    }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
 # --- GGUF -------------------------------------------------------------------------------------------------------------
@@ -378,7 +281,7 @@ def convert_verb(*, source: str, destination: Path, dry_run: bool, max_shard_siz
     print(f"{destination}: {report.line()}")
     if report.left_aside:
         print(
-            f"optimizer state ({_size(report.left_aside)}) is left aside: a Hugging Face folder has no place for it;"
-            f" `mcore-swift train` resumes from {source} itself, at any layout"
+            f"optimizer state ({_size(report.left_aside)}) is left aside; --optimizer converts it, too"
+            f" (`mcore-swift train` resumes from {source} itself, at any layout)"
         )
     return 0

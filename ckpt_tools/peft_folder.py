@@ -28,6 +28,7 @@ _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_magnitude_vector|base_layer\.weight)(\.weight)?"
 )
 
+
 @dataclass(frozen=True)
 class Target:
     """One LoRA'd module: names of its tensors in the adapter's file, and s."""

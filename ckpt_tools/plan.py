@@ -113,10 +113,13 @@ def check_coverage(source: HFSource | MegatronSource) -> None:
     specs = {name: st.TensorSpec(item.dtype, item.shape) for name, item in source.stored.items()}
     specs |= {name: spec for name, spec in source.specs.items() if name in source.scales}
     found = misfits(source.model, specs, megatron=is_megatron)
+    if is_megatron and source.state:
+        found.missing.clear()
     if found:
         raise InputError(f"{source.path}: the tensors do not fit the config: {found.text()}")
     for head, embedding in HEADS.items():
-        if source.model.tied and head in source.stored and not _same(source.stored[head], source.stored[embedding]):
+        both = head in source.stored and embedding in source.stored
+        if source.model.tied and both and not _same(source.stored[head], source.stored[embedding]):
             raise InputError(
                 f"{source.path}: config.json says tie_word_embeddings, but {head} has other values than {embedding};"
                 " set tie_word_embeddings: false in config.json to keep both, or remove the tensor"

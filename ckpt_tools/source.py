@@ -244,10 +244,12 @@ def _bin_tensors(folder: Path, index: str | None) -> dict[str, Stored]:
 @dataclass
 class MegatronSource:
     """A Megatron checkpoint, by global key: `stored`, the vocabulary padded as it was saved; `rules`; `rows`, the same
-    as the rules speak of it: without an axis of experts."""
+    as the rules speak of it: without an axis of experts. `state`: not the weights, but what the optimizer holds of
+    each under this name; of weights that it doesn't train there is none."""
 
     path: Path
     config: Path | None = None
+    state: str | None = None
     kind: Literal["hf", "megatron"] = "megatron"
     model: ModelSource = field(init=False)
     specs: dict[str, st.TensorSpec] = field(init=False)
@@ -260,7 +262,7 @@ class MegatronSource:
     def __post_init__(self) -> None:
         _check_format(self.path)
         self.model = read_source(_config_folder(self.path, self.config))
-        self.stored = read_tensors(self.path)
+        self.stored = read_tensors(self.path, state=self.state)
         self.rules = weight_rules(self.model)
         found = {key: rule for key, rule in self.rules.items() if key in self.stored and _fits(rule, self.stored[key])}
         self.rows = {key: as_rows(rule, self.stored[key]) for key, rule in found.items()}

@@ -38,6 +38,7 @@ _NORMS = (
     ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj"),
 )
 _HAS_EXTRA_STATE = re.compile(r"\.(linear_\w+|eh_proj|\w*norm)\.weight$")
+_STATE = re.compile(r"optimizer\.state\.(?P<state>\w+)\.(?P<key>.+)")  # as the trainer names them
 _STACKED = re.compile(r"decoder\.layers\.(?!\d+\.)")
 
 
@@ -52,15 +53,21 @@ def checkpoint_folder(path: Path) -> Path:
     return path / f"iter_{int(text):07d}"
 
 
-def read_tensors(folder: Path) -> dict[str, Stored]:
+def read_tensors(folder: Path, *, state: str | None = None) -> dict[str, Stored]:
     """The model's tensors by global key, one a layer; optimizer state and objects are left aside.
 
+    With `state`, one of `optimizer_states`, that state of each parameter under the parameter's key instead.
     Raises InputError when the index, or what it says of the files, is damaged.
     """
     index = read_index(folder)
     tensors: dict[str, Stored] = {}
-    items = {key: item for key, item in index.state_dict_metadata.items() if _is_model_tensor(key, item)}
-    names = canonical(items)
+    own = {key: key for key, item in index.state_dict_metadata.items() if _is_model_tensor(key, item)}
+    if state is not None:
+        found = [(key, _STATE.fullmatch(key)) for key in index.state_dict_metadata]
+        own = {key: match["key"] for key, match in found if match and match["state"] == state}
+    items = {key: index.state_dict_metadata[key] for key in own}
+    placed = canonical(own.values())
+    names = {key: placed[parameter] for key, parameter in own.items()}
     for key, item in items.items():
         name = names[key]
         stored = _tensor(folder, index, key, item)
@@ -92,6 +99,12 @@ def optimizer_bytes(index: Metadata) -> int:
         if "optimizer" in key.split(".")[:2] and hasattr(item, "chunks")
     )
     return sum(sizes)
+
+
+def optimizer_states(index: Metadata) -> list[str]:
+    """The names of what the checkpoint's optimizer holds of each parameter: exp_avg, exp_avg_sq, fp32_param …."""
+    matches = (_STATE.fullmatch(key) for key, item in index.state_dict_metadata.items() if hasattr(item, "chunks"))
+    return sorted({match["state"] for match in matches if match})
 
 
 def canonical(keys: Iterable[str]) -> dict[str, str]:

@@ -202,6 +202,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="say what would be read and written, and stop")
     parser.add_argument("--config", metavar="FOLDER", type=Path, help="of a Megatron checkpoint that lacks hf/")
     parser.add_argument("--strict", action="store_true", help="refuse NaN and infinite values")
+    parser.add_argument("--optimizer", action="store_true", help="a Megatron checkpoint's optimizer state, too")
     parser.add_argument("--download", action="store_true", help="fetch a hub id that is not in the local cache")
     parser.set_defaults(run=_convert)
 

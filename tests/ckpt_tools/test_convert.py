@@ -332,11 +332,11 @@ def test_finished_tensors_are_not_written_again(tmp_path: Path, monkeypatch: pyt
 
 def test_a_changed_source_is_converted_from_the_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tiny_folder(tmp_path / "hf", "llama")
-    finish = convert_module._finish
-    monkeypatch.setattr(convert_module, "_finish", lambda job: 1 / 0)
+    finish = convert_module.finish
+    monkeypatch.setattr(convert_module, "finish", lambda job: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert(folder, tmp_path / "out", workers=1)
-    monkeypatch.setattr(convert_module, "_finish", finish)
+    monkeypatch.setattr(convert_module, "finish", finish)
     state = {name: tensor + 1 for name, tensor in tensors(folder).items()}
     save_file(state, folder / "model.safetensors")
     assert convert(folder, tmp_path / "out", workers=1).resumed == 0

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ckpt_tools import convert as convert_module
+from ckpt_tools import partial
 from ckpt_tools.convert import convert
 from mcore_swift import cli
 from tests.distributed.tiny_models import tiny_folder
@@ -395,7 +396,7 @@ def test_destinations(originals: dict[str, Path], tmp_path: Path, capsys: pytest
 def test_two_conversions_into_one_folder(
     originals: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(convert_module, "LOCK_PATIENCE", 0.1)
+    monkeypatch.setattr(partial, "LOCK_PATIENCE", 0.1)
     lock = os.open(tmp_path / ".out.lock", os.O_RDWR | os.O_CREAT)
     fcntl.flock(lock, fcntl.LOCK_EX)
     message = refused(originals["hf"], capsys, target=tmp_path / "out")
@@ -428,11 +429,27 @@ def test_a_source_that_shrinks_meanwhile(
 ) -> None:
     source = tmp_path / "source"
     shutil.copytree(originals["hf"], source)
-    prepare = convert_module._prepare
+    prepare = convert_module.prepare
 
     def shrink(*arguments: Any) -> None:
         prepare(*arguments)
         os.truncate(source / WEIGHTS, 100_000)
 
-    monkeypatch.setattr(convert_module, "_prepare", shrink)
+    monkeypatch.setattr(convert_module, "prepare", shrink)
     assert "bytes too early: truncated" in refused(source, capsys)
+
+
+def test_copies_of_one_tensor_that_differ(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_folder(tmp_path / "hf", "deepseek-v3")
+    tensors = load_file(folder / WEIGHTS)
+    copy = max(name for name in tensors if name.endswith("shared_head.head.weight"))
+    tensors[copy][3, 5] += 1
+    save_file(tensors, folder / WEIGHTS)
+    capsys.readouterr()  # transformers' progress
+    message = refused(folder, capsys)
+    assert f"{copy} has other values than lm_head.weight; Megatron-Core holds one tensor for both" in message
+
+
+def test_optimizer_state_where_there_is_none(originals: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("hf", "megatron"):
+        assert "holds no optimizer state (--optimizer)" in refused(originals[name], capsys, "--optimizer")

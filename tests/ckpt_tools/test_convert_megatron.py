@@ -138,6 +138,28 @@ def test_what_our_trainer_saves_converts_back(
     assert compared >= 5
     again = convert(tmp_path / "hf", tmp_path / "again", workers=1)
     assert again.tensors == len(open_source(checkpoint).stored)
+    report = convert(checkpoint, tmp_path / "all", workers=2, optimizer=True)
+    assert report.left_aside == 0
+    check_optimizer(shards, tmp_path / "all", expected=found)
+
+
+def check_optimizer(shards: list[Any], folder: Path, *, expected: dict[str, torch.Tensor]) -> None:
+    """The weights are there as without the optimizer, and what it holds of attention's output as the ranks hold it."""
+    weights = load_file(folder / "model.safetensors")
+    assert weights.keys() == expected.keys() and all(torch.equal(weights[name], expected[name]) for name in weights)
+    assert sorted(path.name for path in (folder / "optimizer").iterdir()) == ["exp_avg", "exp_avg_sq"]
+    compared = 0
+    for state in ("exp_avg", "exp_avg_sq"):
+        found = load_file(folder / "optimizer" / state / "model.safetensors")
+        assert found.keys() == expected.keys() and all(found[name].shape == expected[name].shape for name in found)
+        prefix = f"optimizer.state.{state}.decoder.layers."
+        for key, _, offset, data in shards:
+            if key.startswith(prefix) and key.endswith("linear_proj.weight"):
+                whole = found[f"model.layers.{key.removeprefix(prefix).split('.')[0]}.self_attn.o_proj.weight"]
+                part = whole[tuple(slice(o, o + n) for o, n in zip(offset, data.shape, strict=True))]
+                assert torch.equal(part, data) and data.any()
+                compared += 1
+    assert compared >= 4
 
 
 # --- what other programs write ----------------------------------------------------------------------------------------
