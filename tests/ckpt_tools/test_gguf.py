@@ -201,7 +201,7 @@ def test_smollm2_chat_template(smollm2: Path) -> None:
     assert len(tokenizer) == 49152
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_smollm2_likelihood_in_transformers(smollm2: Path, data_folder: Path) -> None:
     """Four of the 16 windows whose mean is the published 2.45158 nats a token; all 16 take over a minute."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

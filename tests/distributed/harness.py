@@ -31,13 +31,19 @@ import torch
 from mcore_swift.platform import Platform, select
 
 SHARED = (
+    "megatron.core.dist_checkpointing.strategies.fully_parallel",
     "megatron.core.distributed.finalize_model_grads",
+    "megatron.core.models.mimo",  # its optimizer asks for it
     "megatron.core.optimizer",
     "megatron.core.pipeline_parallel",
     "mcore_swift.models.layers",
+    "mcore_swift.peft.adapters",
+    "mcore_swift.training.checkpoint",
+    "mcore_swift.training.optimizer_state",
     "mcore_swift.training.setup",
     "mcore_swift.training.step",
-    "transformers",
+    "transformers.modeling_utils",
+    "transformers.models.auto.modeling_auto",
 )
 GRACE = 5.0  # seconds that the other ranks have to report once one has failed
 PR_SET_PDEATHSIG = 1  # linux/prctl.h

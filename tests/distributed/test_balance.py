@@ -129,7 +129,7 @@ def assert_as_expected(found: Trained, reference: Expected) -> None:
         pytest.param("qwen3-moe", "aux_loss", marks=slow),
         pytest.param("glm4-moe", "seq_aux_loss", marks=slow),
         pytest.param("qwen3-moe", "seq_aux_loss", marks=nightly),
-        pytest.param("glm4-moe", "aux_loss", marks=slow),
+        pytest.param("glm4-moe", "aux_loss", marks=nightly),
         pytest.param("qwen3-moe", "global_aux_loss", marks=slow),
     ],
 )
@@ -153,12 +153,12 @@ LAYOUTS = {
 @pytest.mark.parametrize(
     ("layout", "kind"),
     [
-        pytest.param("EP2", "aux_loss", marks=slow),
+        pytest.param("EP2", "aux_loss", marks=nightly),
         pytest.param("EP2", "global_aux_loss", marks=slow),
         pytest.param("EP2xTP2", "aux_loss", marks=nightly),
         pytest.param("EP2xTP2", "global_aux_loss", marks=nightly),
         pytest.param("EP2xTP2", "seq_aux_loss", marks=nightly),
-        pytest.param("EP2xCP2", "aux_loss", marks=slow),
+        pytest.param("EP2xCP2", "aux_loss", marks=nightly),
         pytest.param("EP2xTP2xPP2", "aux_loss", marks=slow),
         *(pytest.param(layout, "aux_loss", marks=nightly) for layout in ("DP2", "PP2", "CP2", "EP2xPP2xVPP2xDP2")),
     ],

@@ -39,9 +39,7 @@ QUICK = {
 }
 SLOW = {
     ("qwen3", "CP2xTP2", "packed"),
-    ("qwen3", "CP2xDP2", "packed"),
     ("llama-rope-llama3", "CP4", "packed"),
-    ("mistral-window", "CP2xPP2", "rows"),
     ("qwen2-tied", "CP2xPP2xVPP2", "packed"),
     ("qwen3-moe", "CP2xEP2", "packed"),
 }
@@ -85,8 +83,14 @@ def evaluate_and_step(recipe: Recipe) -> Any:
     return step.eval_step(model.models, *work), step.train_step(model.models, model.optimizer, *work)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["CP2", "CP2xDP2", "CP2xPP2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param("CP2", marks=pytest.mark.nightly),
+        pytest.param("CP2xDP2", marks=pytest.mark.slow),
+        pytest.param("CP2xPP2", marks=pytest.mark.nightly),
+    ],
+)
 def test_counts_and_evaluation_are_one_ranks(models: Any, layout: str) -> None:
     folder, section = models("qwen3"), LAYOUTS[layout]
     (expected,) = run_ranks(evaluate_and_step, 1, recipe_for(folder))
@@ -98,7 +102,7 @@ def test_counts_and_evaluation_are_one_ranks(models: Any, layout: str) -> None:
                 assert getattr(found, name) == getattr(one, name), name
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_mode_is_the_same_on_the_cpu(models: Any) -> None:
     folder = models("qwen3-moe")
     sizes = {"cp": 4, "cp_comm_type": "a2a+p2p", "hierarchical_cp": [2, 2]}

@@ -37,10 +37,8 @@ LAYOUTS = {
 }
 QUICK = {("gemma2", "TP2+SP", "packed"), ("gemma3", "PP2xVPP2", "packed")}
 SLOW = {
-    ("gemma2", "CP2", "packed"),
     ("gemma2", "TP2xPP2xDP2", "packed"),
     ("gemma3", "CP2xTP2", "rows"),
-    ("gemma3", "TP2+SP", "packed"),
 }
 
 

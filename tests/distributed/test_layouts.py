@@ -29,14 +29,17 @@ LAYOUTS = {
     "TP2xPP2xDP2": ParallelSection(tp=2, pp=2, dp=2),
 }
 QUICK = {("qwen2-tied", "TP2+SP"), ("qwen2-tied", "PP2xVPP2"), ("qwen2-tied", "DP2"), ("qwen3", "TP2")}
-CASES = [
-    pytest.param(
-        variant, layout, marks=() if (variant, layout) in QUICK else pytest.mark.slow, id=f"{variant}-{layout}"
-    )
-    for variant in REPRESENTATIVES
-    for layout in LAYOUTS
-    if layout != "one rank"
-] + [pytest.param("llama-biases", layout, marks=pytest.mark.slow) for layout in ("TP2", "TP2+SP", "TP2xPP2xDP2")]
+SLOW = {"PP2xVPP2", "TP2xPP2xDP2"}  # for every variant, as nearly all that the others are made of; those for one
+
+
+def case(variant: str, layout: str) -> Any:
+    slow = layout in SLOW or variant == "qwen3"
+    marks = () if (variant, layout) in QUICK else pytest.mark.slow if slow else pytest.mark.nightly
+    return pytest.param(variant, layout, marks=marks, id=f"{variant}-{layout}")
+
+
+CASES = [case(variant, layout) for variant in REPRESENTATIVES for layout in LAYOUTS if layout != "one rank"]
+CASES += [case("llama-biases", layout) for layout in ("TP2", "TP2+SP", "TP2xPP2xDP2")]
 
 
 @functools.cache
@@ -68,8 +71,10 @@ def test_layout(models: Any, variant: str, layout: str) -> None:
     assert min(found.grad_norms) > 1  # the recipe's clip_grad is 0.1: clipping was at work
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", REPRESENTATIVES)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, marks=pytest.mark.slow if v == "qwen3" else pytest.mark.nightly) for v in REPRESENTATIVES],
+)
 def test_packing_and_micro_batch_size(models: Any, variant: str) -> None:
     folder = models(variant)
     for packing, micro_batch_size in itertools.product((True, False), (1, 4)):
@@ -77,8 +82,14 @@ def test_packing_and_micro_batch_size(models: Any, variant: str) -> None:
         assert_same_run(train(recipe), one_rank(folder))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["TP2+SP", "PP2", "TP2xPP2xDP2"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param("TP2+SP", marks=pytest.mark.nightly),
+        pytest.param("PP2", marks=pytest.mark.nightly),
+        pytest.param("TP2xPP2xDP2", marks=pytest.mark.slow),
+    ],
+)
 def test_unpacked_rows_at_other_layouts(models: Any, layout: str) -> None:
     folder = models("qwen2-tied")
     assert_same_run(train(recipe_for(folder, LAYOUTS[layout], packing=False)), one_rank(folder))
@@ -90,7 +101,7 @@ def test_tp3_with_three_key_value_heads(models: Any) -> None:
     assert_same_run(train(recipe_for(folder, ParallelSection(tp=3))), one_rank(folder))
 
 
-@pytest.mark.parametrize("layout", [pytest.param("DP2"), pytest.param("TP2xPP2xDP2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", [pytest.param("DP2"), pytest.param("TP2xPP2xDP2", marks=pytest.mark.nightly)])
 def test_sgd_whose_steps_are_as_large_as_the_clipped_gradients(models: Any, layout: str) -> None:
     folder = models("qwen3")  # Adam would hide a wrong scale of all gradients, SGD doesn't
     sgd = {"optimizer": OptimizerSection(name="sgd", clip_grad=0.1, distributed=False), "learning_rate": 1e-2}
@@ -117,11 +128,11 @@ RECOMPUTE = {
         ("one rank", "full"),
         ("one rank", "core-attention"),
         ("one rank", "mlp"),
-        pytest.param("TP2+SP", "full", marks=pytest.mark.slow),
-        pytest.param("TP2+SP", "core-attention", marks=pytest.mark.slow),
+        pytest.param("TP2+SP", "full", marks=pytest.mark.nightly),
+        pytest.param("TP2+SP", "core-attention", marks=pytest.mark.nightly),
         pytest.param("TP2+SP", "mlp", marks=pytest.mark.slow),
         pytest.param("PP2xVPP2", "full", marks=pytest.mark.slow),
-        pytest.param("PP2", "full-2-layers", marks=pytest.mark.slow),
+        pytest.param("PP2", "full-2-layers", marks=pytest.mark.nightly),
     ],
 )
 def test_recomputation_changes_no_bit(models: Any, layout: str, runtime: str) -> None:

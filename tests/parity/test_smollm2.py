@@ -44,7 +44,9 @@ def window_losses(folder: Path, layout: ParallelSection, windows: torch.Tensor) 
     return [float(window["loss"] / window["count"]) for window in sums]
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "number", [pytest.param(4, marks=pytest.mark.slow), pytest.param(WINDOWS, marks=pytest.mark.nightly)]
+)
 @pytest.mark.parametrize(
     "layout",
     [
@@ -54,7 +56,8 @@ def window_losses(folder: Path, layout: ParallelSection, windows: torch.Tensor) 
     ],
     ids=["one rank", "PP2", "TP3"],
 )
-def test_wikipedia_log_likelihood(smollm2: Path, data_folder: Path, layout: ParallelSection) -> None:
+def test_wikipedia_log_likelihood(smollm2: Path, data_folder: Path, layout: ParallelSection, number: int) -> None:
+    """Each of the first windows has transformers' value; all of them have the published mean."""
     from mcore_swift.data.tokenizer import load_tokenizer
 
     rows = (data_folder / "wikipedia_head.jsonl").read_text().splitlines()
@@ -62,8 +65,10 @@ def test_wikipedia_log_likelihood(smollm2: Path, data_folder: Path, layout: Para
     ids = load_tokenizer(smollm2)(text)["input_ids"][: WINDOWS * LENGTH]
     windows = torch.tensor(ids).view(WINDOWS, LENGTH)
     golden = json.loads((data_folder / "smollm2_window_nll.json").read_text())  # transformers', each window
-    ranks = run_ranks(window_losses, layout.tp * layout.pp, smollm2, layout, windows, timeout=900)
+    ranks = run_ranks(window_losses, layout.tp * layout.pp, smollm2, layout, windows[:number], timeout=900)
     losses = next(losses for losses in reversed(ranks) if losses)  # the last stage has them
-    assert losses == pytest.approx(golden, abs=2e-5)
-    assert round(mean(losses), 4) == round(PUBLISHED, 4)
-    assert mean(losses) == pytest.approx(PUBLISHED, abs=1e-5)
+    assert losses == pytest.approx(golden[:number], abs=2e-5)
+    assert mean(golden) == pytest.approx(PUBLISHED, abs=1e-5)
+    if number == WINDOWS:
+        assert round(mean(losses), 4) == round(PUBLISHED, 4)
+        assert mean(losses) == pytest.approx(PUBLISHED, abs=1e-5)

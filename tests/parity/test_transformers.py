@@ -17,7 +17,15 @@ from tests.distributed.tiny_models import REPRESENTATIVES, VARIANTS, tiny_config
 TOLERANCE = 1e-5  # max |a - b| / max |b|
 LENGTH = 24  # longer than every sliding window, and past the length at which llama3 and YaRN start to scale
 
-MOSTLY_SLOW = [v if v in REPRESENTATIVES else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS]
+FAMILIES = {"qwen3-moe", "gpt-oss", "deepseek-v3", "gemma3"}  # that have most of what the others have
+
+
+def case(variant: str) -> Any:
+    marks = () if variant in REPRESENTATIVES else pytest.mark.slow if variant in FAMILIES else pytest.mark.nightly
+    return pytest.param(variant, marks=marks)
+
+
+MOSTLY_SLOW = [case(variant) for variant in VARIANTS]
 
 
 def rows(vocab_size: int) -> list[MicroBatch]:

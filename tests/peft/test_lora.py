@@ -240,7 +240,6 @@ def save_rank(recipe: Recipe, folder: Path) -> None:
     peft_folder.save(model.chunks, model.rules, folder, settings, base=recipe.model.path)
 
 
-
 # --- experts ----------------------------------------------------------------------------------------------------------
 # PEFT adapts transformers' fused experts, gate and up together with one A. Here each has its own, so the reference is
 # the definition, W + scaling · B A, put into transformers' model in float64.
@@ -393,9 +392,7 @@ def _peft_pissa(model: Path) -> list[float]:
     from transformers import AutoModelForCausalLM
 
     base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
-    config = LoraConfig(
-        r=4, lora_alpha=6, target_modules=list(ALL), task_type="CAUSAL_LM", init_lora_weights="pissa"
-    )
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=list(ALL), task_type="CAUSAL_LM", init_lora_weights="pissa")
     adapted: Any = get_peft_model(base, config).eval()
     trained = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         slow("EP2 DP2", "EP2 DP2", "fp32", True),
         slow("EP2 DP4", "EP4 DP4", "fp32", True),
-        slow("EP2 DP2", "DP1", "fp32", True),
+        pytest.param("EP2 DP2", "DP1", "fp32", True, marks=pytest.mark.nightly),
         pytest.param("EP2 DP2", "EP2 DP2", "bf16", True, marks=pytest.mark.nightly),
         pytest.param("EP2 DP4", "EP2 DP4", "bf16", True, marks=pytest.mark.nightly),
         pytest.param("TP2 EP2 ETP1", "PP2 EP2 DP2", "fp32", True, marks=pytest.mark.nightly),

@@ -339,17 +339,17 @@ def full(method: Any, layers: int) -> RuntimeSection:
 
 
 RECOMPUTE: list[Any] = [
-    pytest.param("qwen3", "one rank", selective("layernorm"), marks=pytest.mark.slow),
+    pytest.param("qwen3", "one rank", selective("layernorm"), marks=pytest.mark.nightly),
     pytest.param("qwen3", "one rank", full("block", 2)),
     pytest.param("qwen3", "TP2+SP", selective("layernorm", "core_attn", "mlp"), marks=pytest.mark.slow),
     pytest.param("qwen3", "PP2xVPP2", selective("layernorm"), marks=pytest.mark.nightly),
-    pytest.param("qwen3", "one rank", full("uniform", 3), marks=pytest.mark.slow),
-    pytest.param("qwen3", "PP2xVPP2", full("block", 1), marks=pytest.mark.slow),
+    pytest.param("qwen3", "one rank", full("uniform", 3), marks=pytest.mark.nightly),
+    pytest.param("qwen3", "PP2xVPP2", full("block", 1), marks=pytest.mark.nightly),
     pytest.param("qwen3-moe", "one rank", selective("moe", "layernorm"), marks=pytest.mark.slow),
-    pytest.param("qwen3-moe", "EP2", selective("moe"), marks=pytest.mark.slow),
+    pytest.param("qwen3-moe", "EP2", selective("moe"), marks=pytest.mark.nightly),
     pytest.param("qwen3-moe", "EP2xTP2", selective("moe", "layernorm"), marks=pytest.mark.nightly),
     pytest.param("qwen3-moe", "EP2", full("uniform", 1), marks=pytest.mark.nightly),
-    pytest.param("qwen2-moe", "EP2", selective("shared_experts", "layernorm"), marks=pytest.mark.slow),
+    pytest.param("qwen2-moe", "EP2", selective("shared_experts", "layernorm"), marks=pytest.mark.nightly),
     pytest.param("deepseek-v3", "one rank", selective("mla_up_proj", "shared_experts"), marks=pytest.mark.slow),
     pytest.param("deepseek-v3", "TP2+SP", selective("mla_up_proj"), marks=pytest.mark.nightly),
 ]

@@ -146,8 +146,11 @@ def checkpoints(run: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     ("kill", "code", "last"),
-    [(kill_at_step(13), -signal.SIGKILL, 10), (kill_in_save(2), 1, 5), (kill_in_save(1), 1, 0)],
-    ids=["in mid-run", "during a save", "during the first save"],
+    [
+        pytest.param(kill_at_step(13), -signal.SIGKILL, 10, id="in mid-run"),
+        pytest.param(kill_in_save(2), 1, 5, id="during a save"),
+        pytest.param(kill_in_save(1), 1, 0, id="during the first save", marks=pytest.mark.nightly),
+    ],
 )
 def test_killed_and_resumed(
     recipe: Path, left_alone: Path, tmp_path: Path, kill: Callable[[], None], code: int, last: int

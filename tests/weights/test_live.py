@@ -37,7 +37,7 @@ LAYOUTS = {
     "CP2xDP2": ParallelSection(cp=2, dp=2),
 }
 SMALL_FILES = 60_000  # bytes; the tiny models have 200,000 to 700,000
-slow = pytest.mark.slow
+slow, nightly = pytest.mark.slow, pytest.mark.nightly
 
 
 def open_chunks(folder: Path, layout: ParallelSection, dtype: torch.dtype) -> tuple[Any, Any, Any]:
@@ -98,16 +98,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return lambda variant, dtype: tiny_folder(folder / f"{variant}-{dtype}".replace(".", "-"), variant, dtype=dtype)
 
 
+SLOW = {"TP2xPP2xDP2"}  # for every variant; the other layouts for some
 QUICK = {("qwen2-tied", "TP2xPP2"), ("qwen3", "TP2"), ("llama-rope-llama3", "PP2xVPP2"), ("mistral-window", "TP1")}
+
+
+def case(variant: str, layout: str) -> Any:
+    marks = () if (variant, layout) in QUICK else slow if layout in SLOW else nightly
+    return pytest.param(variant, layout, marks=marks, id=f"{variant}-{layout}")
 
 
 @pytest.mark.parametrize(
     ("variant", "layout"),
-    [
-        pytest.param(variant, layout, marks=() if (variant, layout) in QUICK else slow, id=f"{variant}-{layout}")
-        for variant in (*REPRESENTATIVES, "llama-biases")
-        for layout in LAYOUTS
-    ],
+    [case(variant, layout) for variant in (*REPRESENTATIVES, "llama-biases") for layout in LAYOUTS],
 )
 def test_round_trip_is_byte_equal(tmp_path: Path, models: Any, variant: str, layout: str) -> None:
     """Float32 in one file, bfloat16 in several, and a bfloat16 folder in a float32 model (training on the CPU)."""
