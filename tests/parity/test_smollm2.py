@@ -45,7 +45,7 @@ def window_losses(folder: Path, layout: ParallelSection, windows: torch.Tensor) 
 
 
 @pytest.mark.parametrize(
-    "number", [pytest.param(4, marks=pytest.mark.slow), pytest.param(WINDOWS, marks=pytest.mark.nightly)]
+    "number", [pytest.param(2, marks=pytest.mark.slow), pytest.param(WINDOWS, marks=pytest.mark.nightly)]
 )
 @pytest.mark.parametrize(
     "layout",
