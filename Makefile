@@ -1,13 +1,13 @@
 # Every target that runs code does the set-up first: `make demo` and `make test` work on a fresh clone.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check matrix lint
+.PHONY: help setup demo test check quick matrix lint
 
 PYTEST_WORKERS ?= 2
 RUN := .venv/bin
 
 # Tests start many processes on few cores: one thread each. Nothing is ever fetched from a hub.
-test check matrix: export OMP_NUM_THREADS := 1
-test check matrix demo: export HF_HUB_OFFLINE := 1
+test quick matrix: export OMP_NUM_THREADS := 1
+test quick matrix demo: export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
 help: ## show this list
@@ -25,7 +25,10 @@ test: setup ## run every test but the full matrix of families and layouts
 matrix: setup ## run that matrix too: every family at every layout (hours on two cores)
 	$(RUN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist worksteal -m nightly
 
-check: setup lint ## run the quick tests, ruff and pyright: for working
+check: setup ## run the quick tests, ruff and pyright: for working
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=recurse lint quick
+
+quick: setup
 	$(RUN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist worksteal -m "not slow and not nightly"
 
 lint: setup ## run ruff and pyright
