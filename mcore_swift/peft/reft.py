@@ -82,8 +82,9 @@ class LoReFT(BlockAdapter):
     def _hook(self, layer: nn.Module, args: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
         if not self.enabled:
             return output
-        assert self.chosen is not None, "the batch doesn't say which positions are changed"
-        return self.forward(output[0], self.chosen), output[1]
+        chosen, self.chosen = self.chosen, None  # of this micro-batch only: the next one's must be set anew
+        assert chosen is not None, "the batch doesn't say which positions are changed"
+        return self.forward(output[0], chosen), output[1]
 
     def forward(self, hidden: Tensor, chosen: Tensor) -> Tensor:
         """hidden [s, b, h], chosen int64 [n], places in [s · b] → [s, b, h]."""

@@ -93,7 +93,7 @@ def test_as_defined(models: Any, variant: str, place: str, activation: str, runt
     assert_close(found[2], after)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_it_starts_as_the_model_and_at_every_layout_the_same(models: Any) -> None:
     model = models("qwen3")
     adapter = AdapterSection(name="bottleneck", rank=RANK, targets=["mlp", "model.layers.0.self_attn"])
@@ -122,7 +122,7 @@ def test_folder_written_and_read(models: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("other", ["TP2 PP2", "DP2"])
+@pytest.mark.parametrize("other", ["TP2 PP2", pytest.param("DP2", marks=pytest.mark.nightly)])
 def test_resumed(models: Any, tmp_path: Path, other: str) -> None:
     adapter = AdapterSection(name="bottleneck", rank=RANK)
     saving, loading = (

@@ -144,15 +144,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(
-            case, marks=() if case == "PP2, a frozen stage" else pytest.mark.slow if number % 2 else pytest.mark.nightly
-        )
-        for number, case in enumerate(CASES)
-    ],
-)
+def marked(case: str) -> Any:
+    marks = {"PP2, a frozen stage": (), "recomputed": pytest.mark.slow, "EP2": pytest.mark.slow}
+    return pytest.param(case, marks=marks.get(case, pytest.mark.nightly))
+
+
+@pytest.mark.parametrize("case", [marked(case) for case in CASES])
 def test_a_part_is_trained(models: Any, case: str) -> None:
     variant, glob, place, runtime = CASES[case]
     folder = models(variant)

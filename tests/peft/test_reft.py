@@ -103,7 +103,7 @@ def expected(model: Path) -> Any:
 
 
 def case(variant: str, place: str, packing: bool = True) -> Any:
-    slow = (variant, place) in {("qwen3", "PP2"), ("qwen3", "TP2xCP2")}
+    slow = (variant, place) in {("qwen3", "TP2xCP2")}
     marks = (
         ()
         if (variant, place, packing) == ("qwen3", "TP2+SP", True)
@@ -134,7 +134,7 @@ def test_as_defined(models: Any, variant: str, place: str, packing: bool) -> Non
     assert_close(found[2], after)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_every_layout_starts_the_same(models: Any) -> None:
     adapter = AdapterSection(name="reft", rank=RANK, layers=[1, 3])
     one, four = (adapter_run(models("qwen3"), LAYOUTS[place], adapter) for place in ("one rank", "TP2xPP2"))
@@ -182,8 +182,8 @@ def test_folder_written_and_read(models: Any, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "adapter" / "adapter.json").read_text()) == SETTINGS | {"base_model": str(model)}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("other", ["TP2 PP2", "DP2"])
+@pytest.mark.nightly
+@pytest.mark.parametrize("other", ["TP2 PP2", pytest.param("DP2", marks=pytest.mark.nightly)])
 def test_resumed(models: Any, tmp_path: Path, other: str) -> None:
     adapter = AdapterSection(name="reft", rank=RANK, layers=[1, 3])
     saving, loading = (

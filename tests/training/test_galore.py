@@ -129,7 +129,7 @@ LAYOUTS = {
     [
         pytest.param(
             place,
-            marks=() if place == "TP2+SP" else pytest.mark.slow if place in ("PP2", "DP2") else pytest.mark.nightly,
+            marks=() if place == "TP2+SP" else pytest.mark.slow if place == "DP2" else pytest.mark.nightly,
         )
         for place in LAYOUTS
     ],
@@ -142,7 +142,7 @@ def test_as_the_paper_says(models: Any, place: str) -> None:
     assert_close(found[1], parameters)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_in_bf16_the_fp32_parameters_are_projected(models: Any) -> None:
     recipe = recipe_for(models("qwen3"), LAYOUTS["TP2+SP"], optimizer=SECTION, dtype="bf16")
     losses = run_ranks(galore_rank, 2, recipe)[0][0]
@@ -160,7 +160,7 @@ def test_experts_at_every_layout(models: Any, place: ParallelSection) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("other", ["TP2 PP2", "DP2"])
+@pytest.mark.parametrize("other", ["TP2 PP2", pytest.param("DP2", marks=pytest.mark.nightly)])
 def test_resumed(models: Any, tmp_path: Path, other: str) -> None:
     """Saved between two renewals: the basis is needed. Bit for bit at the same layout; the same states at another."""
     saving, loading = (

@@ -32,6 +32,10 @@ from tests.training.checkpoint_run import layout, saved_and_loaded, with_checkpo
 LAYERS, COUNT, INTERVAL, SEED = 4, 2, 2, 1234
 STEPS, RATE, DECAY = 7, 2e-4, 0.1
 SECTION = OptimizerSection(clip_grad=0.1, lisa_layers=COUNT, lisa_interval=INTERVAL)
+SECTIONS = [
+    pytest.param(SECTION, id="distributed", marks=pytest.mark.slow),
+    pytest.param(replace(SECTION, distributed=False), id="replicated", marks=pytest.mark.nightly),
+]
 
 
 def drawn(period: int, *, seed: int = SEED, count: int = COUNT) -> frozenset[int]:
@@ -143,7 +147,7 @@ def check(folder: Path, place: ParallelSection, section: OptimizerSection, *, st
     [
         pytest.param(
             place,
-            marks=() if place == "PP2" else pytest.mark.slow if place in ("TP2+SP", "DP2") else pytest.mark.nightly,
+            marks=() if place == "PP2" else pytest.mark.slow if place == "DP2" else pytest.mark.nightly,
         )
         for place in LAYOUTS
     ],
@@ -152,14 +156,36 @@ def test_as_the_authors_code(models: Any, place: str) -> None:
     check(models("qwen3"), LAYOUTS[place], SECTION)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("section", [SECTION, replace(SECTION, distributed=False)], ids=["distributed", "replicated"])
+@pytest.mark.parametrize("section", SECTIONS)
 def test_with_counts_in_groups(models: Any, section: OptimizerSection) -> None:
     check(models("qwen3"), LAYOUTS["DP2"], section, stand_in=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("other", ["TP2 PP2", pytest.param("DP1", marks=pytest.mark.nightly)])
+def moved_rank(recipe: Recipe) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    from mcore_swift.training import step
+
+    model = open_model(recipe)
+    batches = micro_batches(recipe, model.source.vocab_size, parallel.ranks())
+    set_learning_rate(model.optimizer, 1e-2, DECAY)
+    before = dict(hf_copies(model, lambda parameter: parameter.data))
+    for number in range(INTERVAL):
+        model.sampling.begin(number)
+        step.train_step(model.models, model.optimizer, batches, OBJECTIVES["sft"], CPU)
+    model.sync_parameters()
+    return before, dict(hf_copies(model, lambda parameter: parameter.data))
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_in_bf16_other_layers_stay_bit_for_bit(models: Any, section: OptimizerSection) -> None:
+    ranks = run_ranks(moved_rank, 2, recipe_for(models("qwen3"), LAYOUTS["DP2"], optimizer=section, dtype="bf16"))
+    before, after = (merge([rank[number] for rank in ranks]) for number in range(2))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    drawn_now = tuple(f"model.layers.{layer}." for layer in drawn(0))
+    assert moved == {name for name in before if name.startswith(drawn_now) or ".layers." not in name}
+
+
+@pytest.mark.nightly  # test_resume.py kills and resumes it, too
+@pytest.mark.parametrize("other", ["TP2 PP2", "DP1"])
 def test_resumed(models: Any, tmp_path: Path, other: str) -> None:
     """A layer that is drawn after the resume has its own moments and count; bit for bit at the same layout."""
     saving, loading = (

@@ -175,3 +175,26 @@ def test_resumed_at_another_layout(recipe: Path, left_alone: Path, tmp_path: Pat
     assert ours[:10] == theirs[:10] and [row[0] for row in ours] == [row[0] for row in theirs]
     assert ours[10:] != theirs[10:]  # it was computed again, in another order
     np.testing.assert_allclose(ours[10:], theirs[10:], rtol=1e-5)
+
+
+GALORE = "--optimizer.name galore --optimizer.distributed false"
+# Ways of training that keep something beside the model and Adam's moments; what they end with.
+METHODS = {
+    "freezing": ("--model.freeze [model.embed_tokens,model.layers.0.*]", "hf"),
+    "lisa": ("--optimizer.lisa_layers 2 --optimizer.lisa_interval 2", "hf"),
+    "galore": (f"{GALORE} --optimizer.galore_rank 8 --optimizer.galore_interval 3", "hf"),
+    "bottleneck": ("--adapter.name bottleneck --adapter.rank 8", "adapter"),
+    "reft": ("--adapter.name reft --adapter.rank 4", "adapter"),
+}
+
+
+@pytest.mark.parametrize("method", [pytest.param(m, marks=() if m == "lisa" else pytest.mark.nightly) for m in METHODS])
+def test_other_methods_killed_and_resumed(recipe: Path, tmp_path: Path, method: str) -> None:
+    words, end = METHODS[method]
+    options = [*f"--parallel.tp 2 --schedule.steps 8 --checkpoint.export true {words}".split()]
+    assert train(arguments(recipe, tmp_path / "alone", *options)) == 0
+    assert train(arguments(recipe, tmp_path / "run", *options), before=kill_at_step(7)) == -signal.SIGKILL
+    assert train(arguments(recipe, tmp_path / "run", *options)) == 0
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "alone")  # doubles, bit for bit
+    assert len(numbers(tmp_path / "run")) == 8
+    assert [name for name in ("hf", "adapter") if (tmp_path / "run" / name).exists()] == [end]
