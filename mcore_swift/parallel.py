@@ -199,6 +199,12 @@ def pp_group() -> ProcessGroup:
     return cast(Any, parallel_state.get_pipeline_model_parallel_group())
 
 
+def cp_group() -> ProcessGroup:
+    from megatron.core import parallel_state
+
+    return cast(Any, parallel_state.get_context_parallel_group())
+
+
 def dp_group() -> ProcessGroup:
     """Data parallel ranks, context parallel ones included (they share a batch's tokens)."""
     from megatron.core import parallel_state

@@ -3,9 +3,9 @@
 Each field's comment, on its own line, is its documentation: `mcore-swift train --help-recipe` prints it. A field that a
 platform, model or other field makes impossible is an error, never ignored. `recipe_io` reads and writes the files.
 
-Relative paths in model.path, model.tokenizer, adapter.path, the paths of adapter.several, data.train, data.validation
-and data.chat_template are looked for in the current directory, then in the recipe file's folder; checkpoint.dir and
-data.cache_dir belong to the current directory.
+Relative paths in model.path, model.tokenizer, adapter.path, the paths of adapter.several,
+objective.reference_path, data.train, data.validation and data.chat_template are looked for in the current
+directory, then in the recipe file's folder; checkpoint.dir and data.cache_dir belong to the current directory.
 """
 
 from __future__ import annotations
@@ -18,6 +18,27 @@ DataFormat = Literal["auto", "messages", "prompt_response", "text", "indexed", "
 # Transformer Engine's ways to exchange keys and values: a ring, all at once, Ulysses (heads for tokens), Ulysses in a
 # ring. On the CPU all are one exact attention, but what a mode asks of the model is checked there too.
 CpCommType = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
+
+# adapter_off: the same model without its adapter; model: a frozen one beside it; precomputed: kept with the data.
+Reference = Literal["adapter_off", "model", "precomputed", "none"]
+
+# Which of them an objective has is in recipe_checks/objective.py.
+LossName = Literal[
+    "sigmoid",
+    "sigmoid_norm",
+    "hinge",
+    "ipo",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "kto",
+    "apo_zero_unpaired",
+]
 
 
 class _Strict:
@@ -90,7 +111,23 @@ class DataSection(_Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveSection(_Strict):
-    name: Literal["sft"] = "sft"  # sft: next-token loss on the tokens that count
+    name: Literal["sft", "dpo", "kto", "cpo", "simpo", "orpo"] = "sft"  # sft: next-token loss on tokens that count
+    loss: LossName | None = None  # dpo, cpo: sigmoid (the default), hinge, ipo …; kto: kto, apo_zero_unpaired
+    losses: dict[str, float] = field(default_factory=dict)  # dpo: several, with weights, in place of one
+    beta: float | None = None  # how closely rewards follow log-probabilities; default 0.1, simpo 2.0; orpo's λ
+    gamma: float | None = None  # simpo: by how much the preferred answer should win; default 1.0
+    label_smoothing: float = 0.0  # share of pairs that are taken to be the wrong way round (0 ≤ x < 0.5)
+    sft_weight: float | None = None  # weight of the preferred answers' likelihood (rpo_alpha); default 0, cpo 1
+    f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"  # dpo: what β regularizes
+    f_alpha: float = 0.5  # the α of f_divergence: alpha
+    ld_alpha: float | None = None  # dpo: weight of labels beyond the shorter answer's length (0 ≤ x ≤ 1)
+    discopop_tau: float = 0.05  # temperature of loss: discopop
+    alphapo: float = 0.0  # cpo, simpo: rewards (1 − p^−α) / α in place of log p; 0: log p
+    desirable_weight: float = 1.0  # kto: weight of good answers
+    undesirable_weight: float = 1.0  # kto: of bad ones
+    dft: bool = False  # sft: weigh each token by its own probability
+    reference: Reference | None = None  # dpo, kto: whom to compare with; default: adapter_off, without lora: model
+    reference_path: str | None = None  # reference: model's folder; default: model.path, the run's own start
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,6 +121,7 @@ def check_files(recipe: Recipe) -> None:
     named = [("model.path", recipe.model.path), ("model.tokenizer", recipe.model.tokenizer)]
     named += [("adapter.path", recipe.adapter.path), ("data.chat_template", recipe.data.chat_template)]
     named += [(f"adapter.several.{name}.path", one.path) for name, one in recipe.adapter.several.items()]
+    named += [("objective.reference_path", recipe.objective.reference_path)]
     if recipe.data.format != "synthetic":
         named += [("data.train", source.path) for source in recipe.data.train]
     named += [("data.validation", source.path) for source in recipe.data.validation]
@@ -213,6 +214,7 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
             path=optional(recipe.adapter.path),
             several={name: replace(one, path=optional(one.path)) for name, one in recipe.adapter.several.items()},
         ),
+        objective=replace(recipe.objective, reference_path=optional(recipe.objective.reference_path)),
         data=replace(
             data,
             train=sources(data.train),

@@ -1,18 +1,30 @@
-"""What an objective is: a pure function of per-token log-probabilities.
+"""What an objective is: a pure function of per-token log-probabilities, or of their sums over whole answers.
 
-Everything around it (vocabulary-parallel log-probabilities, packing, pipeline stages, reductions) is written once in
-`training/step.py`, so an objective is a page of arithmetic, and is the same at any layout.
+Everything around it (vocabulary-parallel log-probabilities, packing, context parallelism, pipeline stages, reductions,
+the reference's pass) is written once in `training/step.py` and `training/reference.py`, so an objective is a page of
+arithmetic, and is the same at any layout.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from mcore_swift.recipe import ObjectiveSection
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mcore_swift.data.batch import MicroBatch
+    from mcore_swift.data.batch import MicroBatch, Sequences
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean that isn't divided yet: float32 scalars, both summed over the global batch first."""
+
+    total: Tensor
+    count: Tensor
 
 
 @dataclass(frozen=True)
@@ -20,16 +32,84 @@ class Loss:
     """A micro-batch's loss, not yet divided.
 
     `total` (float32 scalar) is the sum to minimize, `count` (int32 scalar) what it is divided by, after both are summed
-    over the global batch: so the number depends neither on the layout nor on the micro-batch size. `metrics` are
-    further sums that are divided by `count` for display.
+    over the global batch: so the number depends neither on the layout nor on the micro-batch size. `metrics` are means
+    of other things, for display, each with a count of its own.
     """
 
     total: Tensor
     count: Tensor
-    metrics: dict[str, Tensor]
+    metrics: dict[str, Mean]
 
 
-class Objective(Protocol):
-    def __call__(self, logps: Tensor, ref_logps: Tensor | None, batch: MicroBatch) -> Loss:
-        """logps, ref_logps: float32 [b, s], log-probability of each label under the policy and the reference."""
-        ...
+@dataclass(frozen=True)
+class Answers:
+    """The answers of a micro-batch as the policy sees them: n of them, whole on every context parallel rank.
+
+    logps: float32 [n], sums of log-probabilities over an answer's labels, each times its loss mask, which is 1 unless
+    the objective weighs labels; plain: the same without the mask's weights; lengths: float32 [n], numbers of labels.
+    """
+
+    logps: Tensor
+    plain: Tensor
+    lengths: Tensor
+    of: Sequences
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What an objective reads of a micro-batch.
+
+    logps: float32 [b, s], the log-probability of each label; a context parallel rank's part of them.
+    answers: None where the batch doesn't say which answers it holds.
+    totals: float scalars, what the global batch holds (`sizes`, summed), and `kl`, for objectives that ask for it.
+    """
+
+    logps: Tensor
+    batch: MicroBatch
+    answers: Answers | None = None
+    totals: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+Unit = Literal["labels", "pairs", "answers"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective by its function; `unit` is what its loss is a mean over.
+
+    weigh: called on whole micro-batches, to weigh their labels by changing the loss mask.
+    reference: whether it compares the policy with another one. divergence: whether it reads `totals["kl"]`.
+    """
+
+    loss: Callable[[Scores, ObjectiveSection], Loss]
+    unit: Unit
+    reference: bool = False
+    divergence: bool = False
+    weigh: Callable[[MicroBatch, ObjectiveSection], MicroBatch] | None = None
+    options: ObjectiveSection = field(default_factory=ObjectiveSection)
+
+    def __call__(self, scores: Scores) -> Loss:
+        return self.loss(scores, self.options)
+
+
+def sizes(batch: MicroBatch) -> dict[str, float]:
+    """What a whole micro-batch holds: labels, and of the answers that aren't probes their number and labels, by kind.
+
+    Pairs: chosen_labels are those of the preferred answers. Otherwise desirable and undesirable are numbers of answers.
+    """
+    found = {"labels": float(batch.loss_mask.count_nonzero())}
+    sequences = batch.sequences
+    if sequences is None:
+        return found
+    if sequences.desirable is None:
+        chosen = (sequences.index >= 0) & (sequences.index % 2 == 0)
+        return found | {"pairs": sequences.n / 2, "chosen_labels": float((batch.loss_mask * chosen).count_nonzero())}
+    counted = ~sequences.probe if sequences.probe is not None else sequences.desirable.new_ones(sequences.n)
+    good = float((sequences.desirable & counted).sum())
+    answers = float(counted.sum())
+    return found | {
+        "answers": answers,
+        "desirable": good,
+        "undesirable": answers - good,
+        "probes": sequences.n - answers,
+    }

@@ -20,6 +20,7 @@ from mcore_swift.recipe_checks.levers import LEVERS
 from mcore_swift.recipe_checks.lisa import LISA
 from mcore_swift.recipe_checks.methods import METHODS
 from mcore_swift.recipe_checks.moe import EXPERTS
+from mcore_swift.recipe_checks.objective import OBJECTIVE
 from mcore_swift.recipe_checks.optimizer import OPTIMIZER
 from mcore_swift.recipe_checks.outputs import OUTPUTS
 from mcore_swift.recipe_checks.pipeline import PIPELINE
@@ -41,6 +42,7 @@ RECIPE_RULES: list[Row[Recipe]] = [
     *GALORE,
     *ADAPTER,
     *METHODS,
+    *OBJECTIVE,
     *OUTPUTS,
 ]
 

@@ -23,16 +23,19 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], str]] = [
         "optimizer.weight_decay optimizer.clip_grad schedule.min_learning_rate schedule.warmup_steps "
         "adapter.first_tokens adapter.last_tokens "
         "schedule.eval_interval checkpoint.interval checkpoint.keep runtime.offload_layers "
-        "model.mtp_loss_scale moe.aux_loss_coeff moe.z_loss_coeff moe.expert_bias_update_rate",
+        "model.mtp_loss_scale moe.aux_loss_coeff moe.z_loss_coeff moe.expert_bias_update_rate "
+        "objective.gamma objective.sft_weight objective.desirable_weight objective.undesirable_weight",
     ),
     ("at least 2", lambda x: x >= 2, "data.sequence_length"),
-    ("between 0 and 1", lambda x: 0 <= x <= 1, "optimizer.offload_fraction"),
+    ("between 0 and 1", lambda x: 0 <= x <= 1, "optimizer.offload_fraction objective.ld_alpha"),
+    ("at least 0 and less than 0.5", lambda x: 0 <= x < 0.5, "objective.label_smoothing"),
+    ("loss weights greater than 0", lambda x: all(weight > 0 for weight in x.values()), "objective.losses"),
     (
         "greater than 0",
         lambda x: x > 0,
         "optimizer.galore_scale "
         "adapter.alpha adapter.learning_rate_ratio moe.capacity_factor optimizer.muon_extra_scale optimizer.eps "
-        "schedule.epochs schedule.learning_rate",
+        "schedule.epochs schedule.learning_rate objective.beta objective.f_alpha objective.discopop_tau",
     ),
     (
         "at least 0 and less than 1",
@@ -44,6 +47,7 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "a path, not an empty text",
         bool,
-        "model.path model.tokenizer data.chat_template data.cache_dir checkpoint.dir adapter.path",
+        "model.path model.tokenizer data.chat_template data.cache_dir checkpoint.dir adapter.path "
+        "objective.reference_path",
     ),
 ]

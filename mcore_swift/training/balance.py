@@ -17,22 +17,23 @@ def has_losses(config: Any) -> bool:
     return config.num_moe_experts is not None and bool(config.moe_aux_loss_coeff or config.moe_z_loss_coeff)
 
 
-def set_loss_weight(config: Any, batches: Sequence[MicroBatch], device: torch.device) -> int | None:
+def set_loss_weight(
+    config: Any, batches: Sequence[MicroBatch], device: torch.device, *, count: torch.Tensor | None
+) -> None:
     """Makes the router's losses, which are sums over tokens, means over the global batch's real tokens.
 
-    Megatron divides all gradients by the number of labels that count in the global batch: what is to be divided by the
-    number of tokens is multiplied by their ratio here, each step anew. Returns the number of labels; None where there
-    are no such losses. Collective over the data parallel ranks; `batches` are whole, not a context parallel part.
+    Megatron divides all gradients by what the objective counts in the global batch, `count` (a float64 scalar; it may
+    be None where there are no such losses): what is to be divided by the number of tokens is multiplied by their ratio
+    here, each step anew. Collective over the data parallel ranks; `batches` are whole, not a context parallel part.
     """
     if not has_losses(config):
-        return None
-    labels = sum(float(batch.loss_mask.sum()) for batch in batches)
+        return
+    assert count is not None
     tokens = sum(float(batch.tokens.numel() if batch.real is None else batch.real.sum()) for batch in batches)
-    sizes = torch.tensor([labels, tokens], dtype=torch.float64, device=device)
-    dist.all_reduce(sizes, group=parallel.dp_group())
-    weight = (sizes[0].clamp(min=1.0) / sizes[1]).float()
+    total = torch.tensor(tokens, dtype=torch.float64, device=device)
+    dist.all_reduce(total, group=parallel.dp_group())
+    weight = (count.clamp(min=1.0) * parallel.ranks().cp_size / total).float()
     config.moe_grad_scale_func = lambda: config.grad_scale_func(weight)
-    return round(sizes[0].item() / parallel.ranks().cp_size)
 
 
 def routers(models: Sequence[torch.nn.Module]) -> list[Any]:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.transformer import TransformerConfig
 
+    from mcore_swift.models.config import DecoderConfig
     from mcore_swift.models.layers import DecoderModel
     from mcore_swift.peft.quantized import QuantizedBase
     from mcore_swift.training.lisa import LayerSampling
@@ -66,17 +67,8 @@ class TrainingModel:
 
 def build(recipe: Recipe, source: ModelSource, plan: ParallelPlan, platform: Platform) -> TrainingModel:
     """Builds the model with its weights, wraps it, and makes its optimizer. Collective over the job."""
-    import torch
-
-    name = platform.default_dtype if recipe.precision.dtype == "auto" else recipe.precision.dtype
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
     overlap = platform.name == "cuda" if recipe.runtime.overlap is None else recipe.runtime.overlap
-    extra = {
-        **levers.config_fields(recipe, overlap=overlap),
-        **expert_fields(recipe.moe, source.family.read_config(source.config), device=platform.name),
-        "variable_seq_lengths": plan.pp > 1 and not recipe.data.fixed_length,
-    }
-    config = transformer_config(source, plan, platform, dtype=dtype, extra=extra)
+    config = model_config(recipe, source, plan, platform, overlap=overlap)
     levers.start_user_buffers(recipe, config)
     chunks = build_chunks(source, config, plan, platform, lean=recipe.adapter.quantization != "none")
     rules = tensor_rules(source, config)
@@ -89,7 +81,7 @@ def build(recipe: Recipe, source: ModelSource, plan: ParallelPlan, platform: Pla
     adapters.prepare(recipe, chunks, rules)
     # LISA: a bucket whose parameters don't all get a gradient can't be reduced before the end of the backward pass.
     models = wrap_chunks(chunks, config, recipe, plan, overlap=overlap and recipe.optimizer.lisa_layers is None)
-    optimizer = build_optimizer(models, recipe, bf16=dtype == torch.bfloat16)
+    optimizer = build_optimizer(models, recipe, bf16=config.bf16)
     if recipe.optimizer.name == "galore":
         from mcore_swift.training import galore
 
@@ -114,6 +106,22 @@ def layer_sampling(recipe: Recipe, chunks: list[DecoderModel], optimizer: Megatr
         interval=recipe.optimizer.lisa_interval,
         seed=recipe.runtime.seed,
     )
+
+
+def model_config(
+    recipe: Recipe, source: ModelSource, plan: ParallelPlan, platform: Platform, *, overlap: bool
+) -> DecoderConfig:
+    """Megatron's config of the recipe's model, or of another one (`source`) at the same layout and precision."""
+    import torch
+
+    name = platform.default_dtype if recipe.precision.dtype == "auto" else recipe.precision.dtype
+    extra = {
+        **levers.config_fields(recipe, overlap=overlap),
+        **expert_fields(recipe.moe, source.family.read_config(source.config), device=platform.name),
+        "variable_seq_lengths": plan.pp > 1 and not recipe.data.fixed_length,
+    }
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    return transformer_config(source, plan, platform, dtype=dtype, extra=extra)
 
 
 def load_weights(

@@ -1,13 +1,15 @@
 """One optimizer step, or one evaluation, on Megatron's pipeline schedules.
 
-The forward step turns a micro-batch into per-token log-probabilities on the last stage and hands them to the objective.
-Sums and counts are added up over micro-batches and data parallel ranks before they are divided, once.
+The forward step turns a micro-batch into per-token log-probabilities on the last stage, sums them over answers where
+the batch has any, and hands them to the objective. Sums and counts are added up over micro-batches and data parallel
+ranks before they are divided, once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,26 +18,19 @@ import torch.distributed as dist
 
 from mcore_swift import parallel
 from mcore_swift.data.batch import MicroBatch
-from mcore_swift.objectives.objective import Objective
+from mcore_swift.objectives.objective import Answers, Objective, Scores
 from mcore_swift.training import balance, context
+from mcore_swift.training.sums import StepResult, global_sizes, summarize
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
     from megatron.core.packed_seq_params import PackedSeqParams
     from torch import Tensor
 
+    from mcore_swift.training.reference import Reference
 
-@dataclass(frozen=True)
-class StepResult:
-    """Sums over the whole job, the same on every rank."""
 
-    loss: float  # mean over the labels that count
-    metrics: dict[str, float]
-    loss_tokens: int
-    tokens: int  # positions of the micro-batches, padding included (not what context parallelism adds)
-    sum_squared_lengths: float  # Σ document length², for attention FLOPs
-    grad_norm: float = 0.0
-    skipped: bool = False
+Score = Callable[["Tensor", MicroBatch], tuple["Tensor", "Tensor", dict[str, "Tensor"]]]
 
 
 def packed_params(batch: MicroBatch) -> PackedSeqParams | None:
@@ -61,18 +56,17 @@ def packed_params(batch: MicroBatch) -> PackedSeqParams | None:
 
 
 def forward_step(
-    objective: Objective, batches: Iterator[MicroBatch], model: Any, return_schedule_plan: bool = False
+    score: Score, batches: Iterator[MicroBatch], model: Any, return_schedule_plan: bool = False
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
     """Megatron's forward step function: the model's output, and the function that turns it into a loss.
 
-    The batches are this rank's parts: the loss is a sum over them, so context parallel ranks add up like data parallel
-    ones.
+    The batches are this rank's parts. `score` gets the labels' log-probabilities, float32 [b, s], and the batch.
     """
     from mcore_swift.peft import adapters
 
     batch = next(batches)
     adapters.route(model, batch.adapter)
-    if batch.chosen is not None:
+    if batch.chosen is not None and _adapters(model) is not None:
         _adapters(model).begin(batch.chosen)
     # To hide experts' exchange, Megatron asks for the steps of a forward pass, to mix them with a backward pass's.
     run = model.build_schedule_plan if return_schedule_plan else model
@@ -86,17 +80,47 @@ def forward_step(
         padding_mask=None if batch.real is None else ~batch.real,
     )
     adapters.follow_route(model, output, batch.adapter)
+    return output, lambda negative_logps: score(-negative_logps.float(), batch)
 
-    def loss(negative_logps: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        result = objective(-negative_logps.float(), None, batch)
-        sums = {
-            "loss": result.total.detach(),
-            "count": result.count,
-            **{k: v.detach() for k, v in result.metrics.items()},
-        }
-        return result.total, result.count, sums
 
-    return output, loss
+def score_loss(
+    objective: Objective, totals: Mapping[str, Tensor], logps: Tensor, batch: MicroBatch
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """A micro-batch's loss, count, and the sums that `summarize` adds up.
+
+    The loss of labels is a sum over this rank's part, so context parallel ranks add up like data parallel ones. Whole
+    answers are on every rank of the group: each has the gradient of its own part, and the first one counts.
+    """
+    answers = answers_of(logps, batch)
+    result = objective(Scores(logps, batch, answers, totals))
+    counts = float(objective.unit == "labels" or parallel.ranks().cp == 0)
+    sums = {"loss": result.total.detach() * counts, "count": result.count * counts}
+    for name, mean in result.metrics.items():
+        sums |= {f"{name}:total": mean.total * counts, f"{name}:count": mean.count * counts}
+    if answers is not None:
+        logps, others = answers.logps.detach(), answers.of.ref_logps
+        sums["finite"] = (logps if others is None else logps + others).isfinite()
+    return result.total, (result.count * counts).int(), sums
+
+
+def answers_of(logps: Tensor, batch: MicroBatch) -> Answers | None:
+    """Sums of a micro-batch's log-probabilities over its answers, whole ones on every context parallel rank.
+
+    The gradient of a sum is that of each label, so it stays on the rank whose part the label is in. The sums are made
+    by masking, because scattered additions come in any order on GPUs, and a resumed run must not differ by a bit.
+    """
+    sequences = batch.sequences
+    if sequences is None:
+        return None
+    numbers = torch.arange(sequences.n, device=logps.device)
+    labels = sequences.index.flatten()[None] == numbers[:, None]  # [n, b · s]
+    values = torch.stack([logps * batch.loss_mask, logps, torch.ones_like(logps)]).flatten(1)
+    sums = torch.where(labels[None], values[:, None], 0.0).sum(-1)
+    if parallel.ranks().cp_size > 1:
+        from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+
+        sums = cast(Any, reduce_from_tensor_model_parallel_region(sums, group=parallel.cp_group()))
+    return Answers(sums[0], sums[1], sums[2].detach(), sequences)
 
 
 def parts(batches: Sequence[MicroBatch], device: torch.device, models: Sequence[Any] = ()) -> list[MicroBatch]:
@@ -115,15 +139,15 @@ def _adapters(model: Any) -> Any:
 
 
 def run_schedule(
-    models: Sequence[torch.nn.Module], batches: Sequence[MicroBatch], objective: Objective, *, forward_only: bool
+    models: Sequence[torch.nn.Module], batches: Sequence[MicroBatch], score: Score, *, forward_only: bool
 ) -> list[dict[str, Tensor]]:
-    """Runs all micro-batches through Megatron's schedule; the last stage gets each one's sums back."""
+    """Runs all micro-batches through Megatron's schedule; the last stage gets what `score` says of each."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     iterators = [iter(batches) for _ in models]
     tokens = batches[0].tokens
     return get_forward_backward_func()(
-        forward_step_func=partial(forward_step, objective),
+        forward_step_func=partial(forward_step, score),
         data_iterator=iterators if len(models) > 1 else iterators[0],  # type: ignore[arg-type]
         model=list(models) if len(models) > 1 else models[0],  # type: ignore[arg-type]
         num_microbatches=len(batches),
@@ -133,45 +157,61 @@ def run_schedule(
     )
 
 
-def summarize(sums: list[dict[str, Tensor]], batches: Sequence[MicroBatch], device: torch.device) -> StepResult:
-    """Adds up over micro-batches and data parallel ranks; every rank of the job gets the result.
+@contextlib.contextmanager
+def evaluating(models: Sequence[Any]) -> Iterator[None]:
+    """The models without dropout, back in training mode afterwards."""
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model in models:
+            model.train()
 
-    `sums` are of this rank's parts, `batches` are whole: the first of a context parallel group counts their sizes.
+
+@torch.no_grad()
+def answer_logps(models: Sequence[Any], batches: list[MicroBatch]) -> list[Tensor]:
+    """The answers' log-probabilities under the models as they are now: float32 [n] of each micro-batch; [] before the
+    last pipeline stage. The batches are this rank's parts. Collective."""
+
+    def score(logps: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        answers = answers_of(logps, batch)
+        assert answers is not None
+        return logps.sum(), torch.ones((), dtype=torch.int32, device=logps.device), {"logps": answers.logps}
+
+    with evaluating(models):
+        return [found["logps"] for found in run_schedule(models, batches, score, forward_only=True)]
+
+
+def divergence(models: Sequence[Any], batches: list[MicroBatch], totals: Mapping[str, Tensor]) -> Tensor:
+    """KTO's estimate of the policy's divergence from the reference: a float64 scalar, at least 0. Collective.
+
+    The mean over the global batch's probes of log π − log π_ref (section 4.1 of arXiv:2402.01306); nothing is divided
+    before all ranks' sums are added. Only the last pipeline stage's value is right, and used.
     """
-    squared = sum(_sum_squared_lengths(batch) for batch in batches)
-    positions = float(sum(batch.tokens.numel() for batch in batches))
-    group = parallel.pp_group()
-    last = dist.get_world_size(group) - 1
-    shared: list[Any] = [sorted(sums[0]) if sums else None]
-    if last > 0:
-        dist.broadcast_object_list(shared, group=group, group_src=last)
-    names: list[str] = shared[0]
-    values = torch.zeros(len(names) + 2, dtype=torch.float64, device=device)
-    if sums:
-        values[: len(names)] = torch.stack(
-            [torch.stack([part[name].double() for part in sums]).sum() for name in names]
-        )
-        if parallel.ranks().cp == 0:
-            values[-2], values[-1] = positions, squared
-        dist.all_reduce(values, group=parallel.dp_group())
-    if last > 0:
-        dist.broadcast(values, group=group, group_src=last)
-    found = dict(zip(names, values.tolist(), strict=False))
-    count = max(found.pop("count"), 1.0)
-    loss = found.pop("loss") / count
-    return StepResult(
-        loss=loss,
-        metrics={name: value / count for name, value in found.items()},
-        loss_tokens=int(count),
-        tokens=int(values[-2].item()),
-        sum_squared_lengths=float(values[-1].item()),
-    )
+    logps = answer_logps(models, batches)
+    total = torch.zeros((), dtype=torch.float64, device=batches[0].tokens.device)
+    for batch, found in zip(batches, logps, strict=False):
+        sequences = batch.sequences
+        if sequences is not None and sequences.probe is not None and sequences.ref_logps is not None:
+            total += ((found - sequences.ref_logps) * sequences.probe).double().sum()
+    if logps:
+        dist.all_reduce(total, group=parallel.dp_group())
+    return (total / parallel.ranks().cp_size / totals["probes"].clamp(min=1)).clamp(min=0)
 
 
-def _sum_squared_lengths(batch: MicroBatch) -> float:
-    if batch.cu_seqlens is None:
-        return float(batch.tokens.size(0) * batch.tokens.size(1) ** 2)
-    return float(batch.cu_seqlens.diff().double().square().sum())
+def prepared(
+    models: Sequence[Any],
+    objective: Objective,
+    reference: Reference | None,
+    batches: Sequence[MicroBatch],
+    device: torch.device,
+) -> list[MicroBatch]:
+    """This rank's parts of a step's micro-batches, with what the objective needs to know of the reference."""
+    if objective.weigh is not None:
+        batches = [objective.weigh(batch, objective.options) for batch in batches]
+    mine = parts(batches, device, models)
+    return mine if reference is None else reference(mine)
 
 
 def train_step(
@@ -180,30 +220,44 @@ def train_step(
     batches: Sequence[MicroBatch],
     objective: Objective,
     device: torch.device,
+    reference: Reference | None = None,
 ) -> StepResult:
-    """Forward and backward over the micro-batches, then the optimizer."""
+    """Forward and backward over the micro-batches, then the optimizer.
+
+    `reference` fills in the answers' log-probabilities under the reference policy, in passes of its own.
+    """
     for model in models:
         model.zero_grad_buffer()
     optimizer.zero_grad()
-    balance.reset(models)
+    mine = prepared(models, objective, reference, batches, device)
     config = models[0].config
-    labels = balance.set_loss_weight(config, batches, device)
-    sums = run_schedule(models, parts(batches, device, models), objective, forward_only=False)
+    totals: dict[str, Tensor] = {}
+    if objective.unit != "labels" or balance.has_losses(config):
+        totals = global_sizes(objective, batches, device)
+    if objective.divergence:
+        totals["kl"] = divergence(models, mine, totals)
+    balance.reset(models)
+    balance.set_loss_weight(config, batches, device, count=totals.get(objective.unit))
+    sums = run_schedule(models, mine, partial(score_loss, objective, totals), forward_only=False)
     updated, grad_norm, _ = cast(Any, optimizer).step()
     result = summarize(sums, batches, device)
-    assert labels in (None, result.loss_tokens), "an objective that counts other things than labels"
     metrics = result.metrics | balance.metrics(config, models, device)
     return replace(result, metrics=metrics, grad_norm=float(grad_norm or 0.0), skipped=not updated)
 
 
 @torch.no_grad()
 def eval_step(
-    models: Sequence[Any], batches: Sequence[MicroBatch], objective: Objective, device: torch.device
+    models: Sequence[Any],
+    batches: Sequence[MicroBatch],
+    objective: Objective,
+    device: torch.device,
+    reference: Reference | None = None,
 ) -> StepResult:
     """The loss of these micro-batches; nothing is changed."""
-    for model in models:
-        model.eval()
-    sums = run_schedule(models, parts(batches, device, models), objective, forward_only=True)
-    for model in models:
-        model.train()
+    mine = prepared(models, objective, reference, batches, device)
+    totals = global_sizes(objective, batches, device) if objective.unit != "labels" else {}
+    if objective.divergence:
+        totals["kl"] = divergence(models, mine, totals)
+    with evaluating(models):
+        sums = run_schedule(models, mine, partial(score_loss, objective, totals), forward_only=True)
     return summarize(sums, batches, device)

@@ -20,19 +20,20 @@ from mcore_swift.errors import InputError, StopRequested
 from mcore_swift.flops import peak_flops, training_flops
 from mcore_swift.models.build import ModelSource
 from mcore_swift.models.stages import describe
-from mcore_swift.objectives.registry import OBJECTIVES
+from mcore_swift.objectives.registry import build_objective
 from mcore_swift.parallel import ParallelPlan
 from mcore_swift.platform import Platform
 from mcore_swift.recipe import Recipe
 from mcore_swift.recipe_checks.job import Batches
 from mcore_swift.recipe_io import dump_recipe
-from mcore_swift.training import adapters, setup
+from mcore_swift.training import adapters, reference, setup
 from mcore_swift.training.callbacks import Callback, RunEnd, RunInfo, StepRecord, build_callbacks
 from mcore_swift.training.checkpoint import CheckpointManager, TrainState
 from mcore_swift.training.checkpoint_folder import checkpoint_step
 from mcore_swift.training.optimizer import set_learning_rate
 from mcore_swift.training.schedule import check_schedule, learning_rate
-from mcore_swift.training.step import StepResult, eval_step, train_step
+from mcore_swift.training.step import eval_step, train_step
+from mcore_swift.training.sums import Means, StepResult
 from mcore_swift.weights.hf_folder import export
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ class Trainer:
         self.total_steps = self._total_steps()
         check_schedule(recipe.schedule, total_steps=self.total_steps)
         self.model = setup.build(recipe, source, plan, platform)
-        self.objective = OBJECTIVES[recipe.objective.name]
+        self.objective = build_objective(recipe.objective)
+        self.reference = reference.build(recipe, source, self.model.models, platform)
         self.checkpoints = self._checkpoints()
         self.step = 0
 
@@ -215,11 +217,14 @@ class Trainer:
             self.model.sampling.begin(self.step)
         batches = self.train_loader.micro_batches(self.step)
         with self._profiled():
-            result = train_step(self.model.models, self.model.optimizer, batches, self.objective, self.device)
+            result = train_step(
+                self.model.models, self.model.optimizer, batches, self.objective, self.device, self.reference
+            )
         self.step += 1
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            rows = f" Rows of the data: {', '.join(map(str, result.bad_rows))}." if result.bad_rows else ""
             raise RuntimeError(
-                f"step {self.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite."
+                f"step {self.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite.{rows}"
                 " The last checkpoint is from before this step; lower the learning rate or look at this step's data."
             )
         self._tell("on_step", self._record(result, rate, time.perf_counter() - begin))
@@ -244,16 +249,14 @@ class Trainer:
     def _evaluate(self) -> None:
         if self.eval_loader is None:
             return
-        total = tokens = 0.0
+        means = Means()
         for number, batches in enumerate(self.eval_loader.batches()):
             if number == self.recipe.schedule.eval_batches:
                 break
-            result = eval_step(self.model.models, batches, self.objective, self.device)
-            total += result.loss * result.loss_tokens
-            tokens += result.loss_tokens
-        if not tokens:
+            means.add(eval_step(self.model.models, batches, self.objective, self.device, self.reference))
+        if not means.tally:
             raise InputError("data.validation: not one token of the validation data counts for the loss")
-        self._tell("on_eval", self.step, {"eval_loss": total / tokens})
+        self._tell("on_eval", self.step, {f"eval_{name}": value for name, value in means.values().items()})
 
     # --- saving -------------------------------------------------------------------------------------------------------
 

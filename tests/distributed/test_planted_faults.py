@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from mcore_swift.data.batch import MicroBatch
-from mcore_swift.objectives.objective import Loss
+from mcore_swift.objectives.objective import Loss, Objective, Scores
 from mcore_swift.objectives.registry import OBJECTIVES
 from mcore_swift.objectives.sft import sft
-from mcore_swift.recipe import MoeSection, ParallelSection
+from mcore_swift.recipe import MoeSection, ObjectiveSection, ParallelSection
 from tests.distributed.harness import prepared
 from tests.distributed.rank_model import Trained, recipe_for, train
 from tests.distributed.test_layouts import assert_same_run
@@ -52,11 +52,11 @@ def cp_sum(value: torch.Tensor) -> torch.Tensor:
 def loss_summed_twice(patch: Patch) -> None:
     """The objective adds up over context parallel ranks, as everything around it does again."""
 
-    def twice(logps: torch.Tensor, ref_logps: torch.Tensor | None, batch: MicroBatch) -> Loss:
-        once = sft(logps, ref_logps, batch)
+    def twice(scores: Scores, options: ObjectiveSection) -> Loss:
+        once = sft(scores, options)
         return replace(once, total=cp_sum(once.total))
 
-    patch.setitem(OBJECTIVES, "sft", twice)
+    patch.setitem(OBJECTIVES, "sft", Objective(twice, "labels"))
 
 
 def rotary_offset_on_rank_1_packed(patch: Patch) -> None:

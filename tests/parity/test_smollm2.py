@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -22,8 +23,8 @@ PUBLISHED = 2.45158  # nats a token: transformers in fp32 on the dequantized wei
 def window_losses(folder: Path, layout: ParallelSection, windows: torch.Tensor) -> list[float]:
     """The mean negative log-likelihood of each window [n, length], scored alone. Runs in a rank."""
     from mcore_swift.models.build import build_chunks, read_source, tensor_rules, transformer_config
-    from mcore_swift.objectives.sft import sft
-    from mcore_swift.training.step import run_schedule
+    from mcore_swift.objectives.registry import OBJECTIVES
+    from mcore_swift.training.step import run_schedule, score_loss
     from mcore_swift.weights import live
     from mcore_swift.weights.safetensors_io import SafetensorsFolder
 
@@ -40,7 +41,7 @@ def window_losses(folder: Path, layout: ParallelSection, windows: torch.Tensor) 
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():  # one micro-batch a window: the pipeline's stages work at the same time
-        sums = run_schedule(chunks, batches, sft, forward_only=True)
+        sums = run_schedule(chunks, batches, partial(score_loss, OBJECTIVES["sft"], {}), forward_only=True)
     return [float(window["loss"] / window["count"]) for window in sums]
 
 

@@ -1,0 +1,107 @@
+"""The policy that an objective compares with: what it thinks of a step's answers, before the step is taken.
+
+A reference is a function of this rank's parts of a step's micro-batches; it returns them with `Sequences.ref_logps` on
+the last pipeline stage. It runs the pipeline forward only, so the reference's activations and the policy's are never
+there at once, and nothing but one number an answer is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from mcore_swift import parallel
+from mcore_swift.data.batch import MicroBatch
+from mcore_swift.errors import InputError
+from mcore_swift.recipe import ModelSection, MoeSection, Recipe, RuntimeSection
+from mcore_swift.recipe_checks.objective import reference_of
+from mcore_swift.training import step
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mcore_swift.models.build import ModelSource
+    from mcore_swift.platform import Platform
+
+Reference = Callable[[list[MicroBatch]], list[MicroBatch]]
+
+
+def build(recipe: Recipe, source: ModelSource, models: Sequence[Any], platform: Platform) -> Reference | None:
+    """The reference that the recipe asks for; None where there is none, or where the data brings its log-probabilities.
+
+    `source` and `models` are the policy's. Collective over the job.
+    """
+    name = reference_of(recipe)
+    if name == "adapter_off":
+        return adapter_off(models)
+    if name == "model":
+        return frozen(build_frozen(recipe, source, platform))
+    return None
+
+
+def build_frozen(recipe: Recipe, source: ModelSource, platform: Platform) -> list[Any]:
+    """This rank's chunks of the reference model, at the policy's layout, without gradients or optimizer.
+
+    Raises InputError when its folder doesn't fit the layout, or has another vocabulary than the policy.
+    """
+    from mcore_swift.models.build import build_chunks, check_layout, tensor_rules
+    from mcore_swift.training import setup
+    from mcore_swift.training.run import model_source
+
+    path = recipe.objective.reference_path or recipe.model.path
+    # Memory is saved for a backward pass, and experts' exchange is hidden behind one: there is none here.
+    plain = replace(
+        recipe, model=ModelSection(path=path), runtime=RuntimeSection(device=recipe.runtime.device), moe=_exact(recipe)
+    )
+    own = model_source(plain)
+    if own.vocab_size != source.vocab_size:
+        raise InputError(
+            f"objective.reference_path: {path} has {own.vocab_size} tokens, {source.folder} has {source.vocab_size};"
+            " the reference needs the policy's vocabulary"
+        )
+    plan = parallel.resolve(recipe.parallel, world_size=dist.get_world_size())
+    check_layout(own, plan)
+    config = setup.model_config(plain, own, plan, platform, overlap=False)
+    chunks = build_chunks(own, config, plan, platform)
+    setup.load_weights(plain, own, chunks, tensor_rules(own, config))
+    for chunk in chunks:
+        chunk.requires_grad_(False)
+    return chunks
+
+
+def _exact(recipe: Recipe) -> MoeSection:
+    """How experts are computed, without what only belongs to training them."""
+    return replace(recipe.moe, aux_loss="none", aux_loss_coeff=0.0, z_loss_coeff=0.0, expert_bias_update_rate=0.0)
+
+
+def frozen(chunks: Sequence[Any]) -> Reference:
+    """A model of its own beside the policy."""
+
+    def reference(batches: list[MicroBatch]) -> list[MicroBatch]:
+        return _with_ref_logps(batches, step.answer_logps(chunks, batches))
+
+    return reference
+
+
+def adapter_off(models: Sequence[Any]) -> Reference:
+    """The policy itself without its adapters: no second model."""
+    from mcore_swift.peft.adapters import disabled
+
+    def reference(batches: list[MicroBatch]) -> list[MicroBatch]:
+        with disabled(models):
+            return _with_ref_logps(batches, step.answer_logps(models, batches))
+
+    return reference
+
+
+def _with_ref_logps(batches: list[MicroBatch], found: list[Tensor]) -> list[MicroBatch]:
+    """The batches with the log-probabilities of their answers, where this rank has them."""
+    if not found:
+        return batches
+    return [
+        replace(batch, sequences=replace(batch.sequences, ref_logps=logps))  # type: ignore[type-var]
+        for batch, logps in zip(batches, found, strict=True)
+    ]
