@@ -285,7 +285,7 @@ def _merge(*, base: Path, adapter: Path, destination: Path, dtype: str | None) -
 
 def _add_validate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", metavar="FILE", type=Path, nargs="+", help="JSONL, JSON or Parquet")
-    formats = ["auto", "messages", "prompt_response", "text"]
+    formats = ["auto", "messages", "prompt_response", "text", "preference", "labelled", "chosen"]
     parser.add_argument("--format", choices=formats, default="auto", help="default: %(default)s")
     parser.add_argument("--tokenizer", metavar="FOLDER", type=Path, help="check what only tokens show, such as length")
     parser.add_argument("--sequence-length", metavar="N", type=_COUNT, help="the longest row; needs --tokenizer")

@@ -13,7 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-DataFormat = Literal["auto", "messages", "prompt_response", "text", "indexed", "synthetic"]
+DataFormat = Literal[
+    "auto", "messages", "prompt_response", "text", "preference", "labelled", "chosen", "indexed", "synthetic"
+]
 
 # Transformer Engine's ways to exchange keys and values: a ring, all at once, Ulysses (heads for tokens), Ulysses in a
 # ring. On the CPU all are one exact attention, but what a mode asks of the model is checked there too.
@@ -93,10 +95,12 @@ class DataSection(_Strict):
     train: list[SourceSection]  # a plain path is a source of weight 1; for format synthetic: [synthetic]
     validation: list[SourceSection] = field(default_factory=list)  # sources of their own …
     validation_split: float = 0.0  # … or this fraction of the training rows (0 ≤ x < 1)
-    format: DataFormat = "auto"  # auto: told from the data; indexed: by `data prepare`; synthetic: random tokens
+    format: DataFormat = "auto"  # auto: by the objective and the columns; chosen: of pairs, for sft; indexed: prepared
     packing: bool = True  # documents packed into one THD sequence; they never attend to each other
     sequence_length: int = 2048  # tokens in a packed sequence, or the longest row
     too_long: Literal["truncate", "drop", "error"] = "truncate"  # rows longer than sequence_length; counted either way
+    truncate: Literal["answer_end", "prompt_start"] = "answer_end"  # what too long pairs and labelled answers lose
+    equal_pairs: Literal["error", "drop"] = "error"  # pairs whose answers are the same; dropped ones are counted
     shuffle: bool = True  # another order each epoch, decided by runtime.seed
     streaming: bool = False  # for data larger than memory: never holds or caches the whole
     cache_dir: str | None = None  # tokenized cache; default: $MCORE_SWIFT_CACHE or ~/.cache/mcore_swift

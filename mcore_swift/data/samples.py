@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 
@@ -26,8 +27,8 @@ class Counts:
     split: int = 0  # long texts divided over several documents
     samples: int = 0
 
-    def plus(self, other: Counts) -> Counts:
-        return Counts(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+    def plus(self, other: Counts) -> Self:
+        return type(self)(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
     def report(self, *, sequence_length: int | None) -> dict[str, int | float]:
         """The counts, and with a pack's length the share of positions that hold a token."""

@@ -19,6 +19,18 @@ COLUMNS = {  # format: the sets of columns that make it, in order of preference
     "prompt_response": [("prompt", "response"), ("prompt", "completion"), ("instruction", "output")],
     "text": [("text",)],
 }
+PAIR_COLUMNS = [
+    ("messages", "rejected_messages"),
+    ("messages", "rejected_response"),
+    ("prompt", "chosen", "rejected"),
+    ("conversations", "chosen", "rejected"),
+    ("chosen", "rejected"),
+]
+JUDGED_COLUMNS = {  # rows whose answers are compared or judged: `auto` takes them only for objectives that do that
+    "preference": PAIR_COLUMNS,
+    "labelled": [("messages", "label"), ("prompt", "completion", "label"), ("prompt", "response", "label")],
+    "chosen": PAIR_COLUMNS,
+}
 HASHED_BYTES = 1 << 30  # files up to this size are known by their content, larger ones by size and date
 Row = dict[str, Any]
 
@@ -41,6 +53,10 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.row}: {self.reason}" if self.row else f"{self.file}: {self.reason}"
+
+
+class WrongColumns(InputError):
+    """The file's columns are not those of the format."""
 
 
 class UnreadableFile(Exception):
@@ -68,18 +84,27 @@ def find_files(paths: Iterable[str | Path]) -> list[Path]:
 def find_layout(columns: Iterable[str], *, format: str, file: Path) -> Layout:
     """The layout that the columns have, or must have when the recipe names a format.
 
-    Raises InputError naming the file and its columns.
+    Raises WrongColumns naming the file and its columns.
     """
     found = list(columns)
-    for name in COLUMNS if format == "auto" else [format]:
-        for needed in COLUMNS[name]:
+    known = COLUMNS if format == "auto" else {format: (COLUMNS | JUDGED_COLUMNS)[format]}
+    for name, sets in known.items():
+        for needed in sets:
             if set(needed) <= set(found):
                 return Layout(name, needed)
-    wanted = [" + ".join(c) for name, sets in COLUMNS.items() if format in ("auto", name) for c in sets]
-    raise InputError(
+    wanted = [" + ".join(columns) for sets in known.values() for columns in sets]
+    raise WrongColumns(
         f"{file}: no columns for data.format {format!r}: found {', '.join(found) or 'none'}; "
         f"needed {' or '.join(wanted)}"
     )
+
+
+def judged_format(row: Row) -> str | None:
+    """The format of a row whose answers are compared or judged, as far as its columns tell; None for others."""
+    if any({*needed} <= {*row} for needed in PAIR_COLUMNS):
+        return "preference"
+    labelled = any({*needed} <= {*row} for needed in JUDGED_COLUMNS["labelled"])
+    return "labelled" if labelled and isinstance(row["label"], bool) else None
 
 
 def iter_rows(file: Path, *, skip: int = 0) -> Iterator[Row]:

@@ -20,12 +20,15 @@ import numpy as np
 
 from mcore_swift.data.batch import MicroBatch
 from mcore_swift.data.collate import collate
+from mcore_swift.data.judged_collate import collate_judged
+from mcore_swift.data.judged_samples import JudgedCounts, JudgedSet, judged_samples, judged_settings
 from mcore_swift.data.map_loader import check_same_data, hash_of
-from mcore_swift.data.samples import Counts, Document, SampleSet, make_samples
+from mcore_swift.data.samples import Counts, SampleSet, make_samples
 from mcore_swift.data.shape import LoaderShape
-from mcore_swift.data.sources import Problem, find_files, raise_problems
-from mcore_swift.data.tokenized import Encoded, Encoder, SourceFile, TokenizedRows, encode_file
+from mcore_swift.data.sources import Problem, WrongColumns, find_files, raise_problems
+from mcore_swift.data.tokenized import EncodedRow, Encoder, SourceFile, TokenizedRows, encode_file
 from mcore_swift.data.tokenizer import fingerprint, pad_id_of
+from mcore_swift.data.wanted import Wanted
 from mcore_swift.errors import InputError
 
 if TYPE_CHECKING:
@@ -52,7 +55,7 @@ class Block:
     """`order`: sample numbers in the order they are used; `next`: where the block after it starts."""
 
     place: Place
-    samples: SampleSet
+    samples: SampleSet | JudgedSet
     order: np.ndarray
     next: Place
 
@@ -61,33 +64,47 @@ class StreamReader:
     """Blocks one after the other, without end, each a pure function of its place."""
 
     def __init__(
-        self, files: list[Path], data: DataSection, encoder: Encoder, *, seed: int, block_rows: int = BLOCK_ROWS
+        self,
+        files: list[Path],
+        data: DataSection,
+        encoder: Encoder,
+        *,
+        seed: int,
+        block_rows: int = BLOCK_ROWS,
+        wanted: Wanted = Wanted(),  # noqa: B008  (frozen)
     ) -> None:
         self.files, self.data, self.encoder, self.seed, self.block_rows = files, data, encoder, seed, block_rows
         self.block_tokens = max(BLOCK_TOKENS, BLOCK_PACKS * data.sequence_length)
-        self._open: tuple[Place, Iterator[Encoded], str] | None = None  # the reader of the file, at this place
+        self.wanted = wanted
+        self._open: tuple[Place, Iterator[EncodedRow], str] | None = None  # the reader of the file, at this place
         self._problems: list[Problem] = []
 
     def block(self, place: Place) -> Block:
         """The block that starts at `place`; it lies inside one file. Raises InputError for bad rows in it."""
         if self._open is None or self._open[0] != place or not place.row:
-            rows, layout = encode_file(
-                self.files[place.file],
-                self.encoder,
-                format=self.data.format,
-                problems=self._problems,
-                skip=place.row,
-            )
-            self._open = (place, rows, layout.format)
+            self._open = self._reader(place)
         _, rows, format = self._open
         encoded, ended = self._take(rows)
         after = self._next_file(place) if ended else Place(place.epoch, place.file, place.row + len(encoded))
         self._open = (after, rows, format)
         return self._make(place, encoded, format, after)
 
-    def _take(self, rows: Iterator[Encoded]) -> tuple[list[Encoded], bool]:
+    def _reader(self, place: Place) -> tuple[Place, Iterator[EncodedRow], str]:
+        try:
+            rows, layout = encode_file(
+                self.files[place.file],
+                self.encoder,
+                format=self.wanted.format(self.data.format),
+                problems=self._problems,
+                skip=place.row,
+            )
+        except WrongColumns as error:
+            raise InputError(f"{error}; {self.wanted}") from error
+        return place, rows, layout.format
+
+    def _take(self, rows: Iterator[EncodedRow]) -> tuple[list[EncodedRow], bool]:
         """The rows of one block, and whether the file ended."""
-        encoded: list[Encoded] = []
+        encoded: list[EncodedRow] = []
         tokens = 0
         while len(encoded) < self.block_rows and tokens < self.block_tokens:
             row = next(rows, None)
@@ -95,25 +112,30 @@ class StreamReader:
             if row is None:
                 return encoded, True
             encoded.append(row)
-            tokens += len(row[0])
+            tokens += len(row.tokens)
         return encoded, False
 
     def _next_file(self, place: Place) -> Place:
         last = place.file + 1 == len(self.files)
         return Place(place.epoch + 1) if last else Place(place.epoch, place.file + 1)
 
-    def _make(self, place: Place, encoded: list[Encoded], format: str, after: Place) -> Block:
+    def _make(self, place: Place, encoded: list[EncodedRow], format: str, after: Place) -> Block:
         empty = np.zeros(0, dtype=np.int32)
         rows = TokenizedRows(
-            tokens=np.concatenate([empty, *(tokens for tokens, _ in encoded)]),
-            loss=np.concatenate([empty.astype(np.uint8), *(loss for _, loss in encoded)]),
-            offsets=np.cumsum([0, *(len(tokens) for tokens, _ in encoded)], dtype=np.int64),
+            tokens=np.concatenate([empty, *(row.tokens for row in encoded)]),
+            loss=np.concatenate([empty.astype(np.uint8), *(row.loss for row in encoded)]),
+            offsets=np.cumsum([0, *(len(row.tokens) for row in encoded)], dtype=np.int64),
             files=[SourceFile(self.files[place.file], len(encoded), format)],
             key="",
             first_row=place.row,
+            judged=np.array([row.judged for row in encoded]).reshape(-1, 4) if self.wanted.judged else None,
         )
         data = self.data
-        samples = make_samples(rows, sequence_length=data.sequence_length, too_long=data.too_long, packing=data.packing)
+        samples = (
+            judged_samples(rows, data, self.wanted)
+            if self.wanted.judged
+            else make_samples(rows, sequence_length=data.sequence_length, too_long=data.too_long, packing=data.packing)
+        )
         order = np.arange(len(samples))
         if data.shuffle:
             order = np.random.default_rng([self.seed, place.epoch, place.file, place.row]).permutation(order)
@@ -134,7 +156,7 @@ class StreamTrainLoader:
         self._step, self._cursor = 0, 0
         self._block: Block | None = None
         self._start = Place()
-        self._counts = Counts()
+        self._counts = JudgedCounts() if reader.wanted.judged else Counts()
         # One thread tokenizes the next block while this one is trained on.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         self._ahead: Future[Block] | None = None
@@ -146,17 +168,15 @@ class StreamTrainLoader:
         mine = {slot for rank_slots in slots for slot in rank_slots}
         taken = {slot: self._next_sample(slot in mine) for slot in range(self.shape.global_batch_size)}
         self._step += 1
-        return [
-            collate(
-                [taken[slot] for slot in rank_slots],
-                packing=self.reader.data.packing,
-                shape=self.shape,
-                pad_id=self.pad_id,
-            )
-            for rank_slots in slots
-        ]
+        return [self._collate([taken[slot] for slot in rank_slots]) for rank_slots in slots]
 
-    def _next_sample(self, wanted: bool) -> list[Document]:
+    def _collate(self, samples: list[Any]) -> MicroBatch:
+        wanted, packing = self.reader.wanted, self.reader.data.packing
+        if not wanted.judged:
+            return collate(samples, packing=packing, shape=self.shape, pad_id=self.pad_id)
+        return collate_judged(samples, form=wanted.form, packing=packing, shape=self.shape, pad_id=self.pad_id)
+
+    def _next_sample(self, wanted: bool) -> list[Any]:
         block = self._current()
         sample = int(block.order[self._cursor])
         self._cursor += 1
@@ -199,7 +219,12 @@ class StreamTrainLoader:
 
 
 def build_streaming(
-    data: DataSection, *, shape: LoaderShape, tokenizer: PreTrainedTokenizerBase, seed: int
+    data: DataSection,
+    *,
+    shape: LoaderShape,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    wanted: Wanted = Wanted(),  # noqa: B008  (frozen)
 ) -> StreamTrainLoader:
     """The training loader of a streaming recipe. Data are known by file names and sizes, not by their content."""
     files = find_files(source.path for source in data.train)
@@ -207,7 +232,8 @@ def build_streaming(
         raise InputError(f"{', '.join(map(str, files))}: no rows")
     known = [(file.name, file.stat().st_size) for file in files]
     settings = [data.format, data.packing, data.sequence_length, data.too_long, data.shuffle]
+    settings += judged_settings(data, wanted)
     identity = [known, fingerprint(tokenizer), settings, seed, BLOCK_ROWS, BLOCK_TOKENS]
     # A copy, since another thread uses it: the caller's own use would find the Rust object borrowed.
-    reader = StreamReader(files, data, Encoder(copy.deepcopy(tokenizer)), seed=seed)
+    reader = StreamReader(files, data, Encoder(copy.deepcopy(tokenizer)), seed=seed, wanted=wanted)
     return StreamTrainLoader(reader, shape=shape, pad_id=pad_id_of(tokenizer), identity=identity)

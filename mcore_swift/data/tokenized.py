@@ -14,20 +14,24 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from mcore_swift.data.cache import locked, new_folder
 from mcore_swift.data.chat import Rendered, Renderer, RowError
+from mcore_swift.data.judged import Judgement, render_judged
 from mcore_swift.data.sources import (
+    JUDGED_COLUMNS,
     Layout,
     Problem,
     Row,
     UnreadableFile,
+    WrongColumns,
     content_key,
     find_layout,
     iter_rows,
+    judged_format,
     raise_problems,
     row_number,
 )
@@ -43,6 +47,25 @@ log = logging.getLogger(__name__)
 Encoded = tuple[np.ndarray, np.ndarray]  # tokens int32 [n], loss uint8 [n]: 1 where the token is to be learned
 
 
+class EncodedRow(NamedTuple):
+    """A row for the cache. Of a judged row: its answers, each behind its prompt, one after the other.
+
+    tokens int32 [n], loss uint8 [n]; judged: float64 [4], where the first answer ends, margin, weight, label (NaN for
+    what the row doesn't say); None for plain rows.
+    """
+
+    tokens: np.ndarray
+    loss: np.ndarray
+    judged: np.ndarray | None = None
+
+
+class Reading(NamedTuple):
+    """A row as texts: one, or one an answer."""
+
+    texts: list[Rendered]
+    judgement: Judgement | None = None
+
+
 @dataclass(frozen=True)
 class SourceFile:
     path: Path
@@ -54,7 +77,8 @@ class SourceFile:
 class TokenizedRows:
     """Rows one after the other: row i is tokens[offsets[i]:offsets[i + 1]]; its loss is 1 where the token counts.
 
-    tokens int32 [n], loss uint8 [n], offsets int64 [rows + 1]. `seconds` is 0 when the cache was reused.
+    tokens int32 [n], loss uint8 [n], offsets int64 [rows + 1]. `seconds` is 0 when the cache was reused. `judged`:
+    float64 [rows, 4] for rows whose answers are compared or judged (see EncodedRow), else None.
     """
 
     tokens: np.ndarray
@@ -65,6 +89,7 @@ class TokenizedRows:
     seconds: float = 0.0
     adapter: np.ndarray | None = None  # int64 [rows], the number of each row's adapter
     first_row: int = 0  # the number of row 0 in its file, where the rows are a part of one file
+    judged: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -88,6 +113,18 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.render = Renderer(tokenizer)
+
+    def read(self, row: Row, layout: Layout) -> Reading:
+        """The row's texts. Raises RowError with the reason when the row can't be used."""
+        if layout.format not in JUDGED_COLUMNS:
+            return Reading([self.render(row, layout)])
+        texts, judgement = render_judged(self.render, row, layout)
+        return Reading(texts[:1]) if layout.format == "chosen" else Reading(texts, judgement)
+
+    def encode(self, readings: list[Reading]) -> list[list[Encoded]]:
+        """The tokens of each reading's texts."""
+        texts = iter(self([text for reading in readings for text in reading.texts]))
+        return [list(islice(texts, len(reading.texts))) for reading in readings]
 
     def __call__(self, batch: list[Rendered]) -> list[Encoded]:
         """Raises InputError when plain text needs an end-of-text token that the tokenizer doesn't have."""
@@ -126,23 +163,35 @@ def batched(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield batch
 
 
+def learns_nothing(texts: list[Encoded]) -> bool:
+    """Whether one of a row's texts has no token that counts."""
+    return not all(loss[1:].any() for _, loss in texts)
+
+
 def encode_rows(
     rows: Iterable[Row], layout: Layout, encoder: Encoder, *, report: Callable[[int, str], None]
-) -> Iterator[Encoded]:
+) -> Iterator[EncodedRow]:
     """Tokens and loss of each good row; `report(index, reason)` is told of each bad one."""
     for batch in batched(enumerate(rows), BATCH_ROWS):
-        good: list[tuple[int, Rendered]] = []
+        good: list[tuple[int, Reading]] = []
         for index, row in batch:
             try:
-                good.append((index, encoder.render(row, layout)))
+                good.append((index, encoder.read(row, layout)))
             except RowError as error:
                 report(index, str(error))
-        encoded = encoder([rendered for _, rendered in good])
-        for (index, _), (tokens, loss) in zip(good, encoded, strict=True):
-            if loss[1:].any():
-                yield tokens, loss
-            else:
+        encoded = encoder.encode([reading for _, reading in good])
+        for (index, reading), texts in zip(good, encoded, strict=True):
+            if learns_nothing(texts):
                 report(index, "no assistant tokens: nothing in the row counts in the loss")
+            else:
+                yield _joined(texts, reading.judgement)
+
+
+def _joined(texts: list[Encoded], judgement: Judgement | None) -> EncodedRow:
+    if judgement is None:
+        return EncodedRow(*texts[0])
+    tokens, loss = (np.concatenate(parts) for parts in zip(*texts, strict=True))
+    return EncodedRow(tokens, loss, np.array([len(texts[0][0]), *judgement], dtype=np.float64))
 
 
 @dataclass
@@ -151,14 +200,17 @@ class _Writer:
 
     folder: Path
     lengths: list[int] = field(default_factory=list)
+    judged: list[np.ndarray] = field(default_factory=list)
 
-    def write(self, rows: Iterable[Encoded]) -> int:
+    def write(self, rows: Iterable[EncodedRow]) -> int:
         before = len(self.lengths)
         with (self.folder / "tokens.i32").open("ab") as tokens_file, (self.folder / "loss.u8").open("ab") as loss_file:
-            for tokens, loss in rows:
+            for tokens, loss, judged in rows:
                 tokens_file.write(tokens.tobytes())
                 loss_file.write(loss.tobytes())
                 self.lengths.append(len(tokens))
+                if judged is not None:
+                    self.judged.append(judged)
         return len(self.lengths) - before
 
 
@@ -199,18 +251,23 @@ def _build(files: list[Path], folder: Path, *, encoder: Encoder, format: str) ->
     if not writer.lengths:
         raise InputError(f"{', '.join(map(str, files))}: no rows")
     np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(writer.lengths, dtype=np.int64)]))
+    if writer.judged:
+        np.save(folder / "judged.npy", np.stack(writer.judged))
     (folder / "meta.json").write_text(json.dumps(meta))
     return len(writer.lengths)
 
 
 def encode_file(
     file: Path, encoder: Encoder, *, format: str, problems: list[Problem], skip: int = 0
-) -> tuple[Iterator[Encoded], Layout]:
+) -> tuple[Iterator[EncodedRow], Layout]:
     """An iterator over a file's encoded rows from row `skip` on, and its layout. Bad rows go to `problems`."""
-    rows = readable_rows(file, skip=skip)
+    rows = readable_rows(file, skip=skip, format=format)
     first = next(rows, None)
     if first is None:
         return iter(()), Layout("messages" if format == "auto" else format, ())
+    judged = judged_format(first) if format == "auto" else None
+    if judged is not None:
+        raise WrongColumns(f"{file}: its columns ({', '.join(first)}) are those of data.format {judged!r}")
     layout = find_layout(first, format=format, file=file)
 
     def all_rows() -> Iterator[Row]:
@@ -225,14 +282,14 @@ def encode_file(
     return encode_rows(all_rows(), layout, encoder, report=report), layout
 
 
-def readable_rows(file: Path, *, skip: int = 0) -> Iterator[Row]:
+def readable_rows(file: Path, *, skip: int = 0, format: str = "auto") -> Iterator[Row]:
     """`iter_rows`, but a file that can't be read is an InputError that names the lines at fault where there are any."""
     try:
         yield from iter_rows(file, skip=skip)
     except UnreadableFile as error:
         from mcore_swift.data.validate import validate
 
-        raise_problems(validate([file]))
+        raise_problems(validate([file], format=format))
         raise InputError(f"{file}: could not be read: {error}") from error
 
 
@@ -245,4 +302,5 @@ def _open(folder: Path, files: list[Path], seconds: float) -> TokenizedRows:
         files=[SourceFile(file, item["rows"], item["format"]) for file, item in zip(files, meta, strict=True)],
         key=folder.name,
         seconds=seconds,
+        judged=np.load(folder / "judged.npy", mmap_mode="r") if (folder / "judged.npy").exists() else None,
     )

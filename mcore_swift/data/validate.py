@@ -8,8 +8,10 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mcore_swift.data.chat import Rendered, RowError, read_messages
+from mcore_swift.data.chat import RowError, read_messages
+from mcore_swift.data.judged import EQUAL, read_judged
 from mcore_swift.data.sources import (
+    JUDGED_COLUMNS,
     Layout,
     Problem,
     Row,
@@ -18,8 +20,9 @@ from mcore_swift.data.sources import (
     find_layout,
     iter_lines,
     iter_rows,
+    judged_format,
 )
-from mcore_swift.data.tokenized import BATCH_ROWS, Encoder, batched
+from mcore_swift.data.tokenized import BATCH_ROWS, Encoder, Reading, batched, learns_nothing
 from mcore_swift.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,8 +43,8 @@ def validate(
     """Every bad row of the files (a folder stands for its data files), in order.
 
     Without a tokenizer the rows' shape is checked; with one also that its chat template takes them and that some
-    token counts in the loss; with a sequence length also that they are no longer than it. Raises InputError for a file
-    that isn't there or is of an unknown kind.
+    token counts in the loss; with a sequence length also that they (of pairs: both texts) are no longer than it. Raises
+    InputError for a file that isn't there or is of an unknown kind. `auto` finds pairs and labelled answers, too.
     """
     encoder = Encoder(tokenizer) if tokenizer is not None else None
     return [
@@ -57,7 +60,10 @@ def _check_file(file: Path, *, encoder: Encoder | None, format: str, sequence_le
     if not head:
         yield Problem(file, 0, "no rows")
         return
-    columns = dict.fromkeys(key for _, row in head if isinstance(row, dict) for key in row)
+    objects = [row for _, row in head if isinstance(row, dict)]
+    columns = dict.fromkeys(key for row in objects for key in row)
+    if format == "auto":
+        format = next(filter(None, map(judged_format, objects)), "auto")
     try:
         layout = find_layout(columns, format=format, file=file) if columns else None
     except InputError as error:
@@ -79,24 +85,29 @@ def _check_rows(
     encoder: Encoder | None,
     sequence_length: int | None,
 ) -> Iterator[Problem]:
-    rendered: list[tuple[int, Rendered]] = []
+    readings: list[tuple[int, Reading]] = []
     for number, row in rows:
         try:
-            if encoder is not None:
-                rendered.append((number, encoder.render(row, layout)))
-            else:
+            if encoder is None or layout.format in JUDGED_COLUMNS:
                 _check_shape(row, layout)
+            if encoder is not None:
+                readings.append((number, encoder.read(row, layout)))
         except RowError as error:
             yield Problem(file, number, str(error))
-    encoded = encoder([text for _, text in rendered]) if encoder else []
-    for (number, _), (tokens, loss) in zip(rendered, encoded, strict=True):
-        if not loss[1:].any():
+    encoded = encoder.encode([reading for _, reading in readings]) if encoder else []
+    for (number, _), texts in zip(readings, encoded, strict=True):
+        longest = max(len(tokens) for tokens, _ in texts)
+        if learns_nothing(texts):
             yield Problem(file, number, "no assistant tokens: nothing in the row counts in the loss")
-        elif sequence_length is not None and len(tokens) > sequence_length:
-            yield Problem(file, number, f"{len(tokens)} tokens, more than the sequence length {sequence_length}")
+        elif sequence_length is not None and longest > sequence_length:
+            yield Problem(file, number, f"{longest} tokens, more than the sequence length {sequence_length}")
 
 
 def _check_shape(row: Row, layout: Layout) -> None:
+    if layout.format in JUDGED_COLUMNS:
+        if read_judged(row, layout).equal and layout.format == "preference":
+            raise RowError(EQUAL)
+        return
     if layout.format == "messages":
         read_messages(row.get(layout.columns[0]))
         return
