@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mcore_swift.errors import EXIT_INPUT, EXIT_TRY_AGAIN, InputError, StopRequested
+from mcore_swift.errors import EXIT_INPUT, EXIT_NEVER_RESTART, EXIT_TRY_AGAIN, InputError, NeverRestart, StopRequested
 
 EXIT_INTERRUPTED = 128 + 2  # as a shell reports SIGINT
 
@@ -33,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StopRequested as stop:
         print(f"mcore-swift: stopped: {stop}", file=sys.stderr)
         return EXIT_TRY_AGAIN
+    except NeverRestart as error:
+        print(f"mcore-swift: not to be started again: {error}", file=sys.stderr)
+        return EXIT_NEVER_RESTART
     except KeyboardInterrupt:
         print("mcore-swift: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -52,7 +55,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="mcore-swift",
         description="A Hugging Face folder goes in, Megatron-Core trains it at any layout, a Hugging Face folder "
         "comes out.",
-        epilog="Exit codes: 0 done; 1 failed; 2 wrong input; 75 stopped on request, start it again.",
+        epilog="Exit codes: 0 done; 1 failed; 2 wrong input; 75 stopped on request, start it again; 93 not "
+        "to be started again.",
         allow_abbrev=False,
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
@@ -121,23 +125,28 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(*, recipe: Path | None, print_recipe: bool, help_recipe: bool, overrides: Sequence[str] = ()) -> int:
-    from mcore_swift import recipe_io
-    from mcore_swift.recipe_checks import check_recipe
+    from mcore_swift import stop
 
-    if help_recipe:
-        print(recipe_io.recipe_help(), end="")
-        return 0
-    if recipe is None:
-        raise InputError("train needs a RECIPE, a YAML file; mcore-swift train --help-recipe prints what it may hold")
-    resolved = recipe_io.load_recipe(recipe, overrides)
-    check_recipe(resolved)
-    if print_recipe:
-        print(recipe_io.dump_recipe(resolved), end="")
-        return 0
-    recipe_io.check_files(resolved)
-    from mcore_swift.training.run import run
+    with stop.listening():  # before anything slow is imported
+        from mcore_swift import recipe_io
+        from mcore_swift.recipe_checks import check_recipe
+        from mcore_swift.training import heartbeat
 
-    return run(resolved)
+        if help_recipe:
+            print(recipe_io.recipe_help(), end="")
+            return 0
+        if recipe is None:
+            raise InputError("train needs a RECIPE, a YAML file; mcore-swift train --help-recipe prints its keys")
+        heartbeat.start()
+        resolved = recipe_io.load_recipe(recipe, overrides)
+        check_recipe(resolved)
+        if print_recipe:
+            print(recipe_io.dump_recipe(resolved), end="")
+            return 0
+        recipe_io.check_files(resolved)
+        from mcore_swift.training.run import run
+
+        return run(resolved)
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
@@ -167,6 +176,7 @@ def _add_launch(parser: argparse.ArgumentParser) -> None:
 
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     add_slurm(verbs.add_parser("slurm", help="submit it to Slurm", allow_abbrev=False), count=_COUNT, natural=_SEED)
+    _add_launch_without_scheduler(verbs)
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:
@@ -281,6 +291,51 @@ def _merge(*, base: Path, adapter: Path, destination: Path, dtype: str | None) -
     merge(base, adapter, destination, dtype=dtype)
     print(f"{destination}: {base} with {adapter} merged")
     return 0
+
+
+def _add_launch_without_scheduler(verbs: Any) -> None:
+    local = verbs.add_parser("local", help="on this machine", allow_abbrev=False)
+    local.usage = "%(prog)s RECIPE [--section.key VALUE ...] [options]"
+    local.set_defaults(run=_launch_local)
+    ssh = verbs.add_parser("ssh", help="on the hosts of a file, without a scheduler", allow_abbrev=False)
+    ssh.usage = "%(prog)s HOSTFILE RECIPE [--section.key VALUE ...] [options]"
+    ssh.add_argument("hostfile", metavar="HOSTFILE", type=Path, help="a host a line, in rank order; # comments")
+    ssh.add_argument("--ranks-per-node", metavar="N", type=_COUNT, help="default: this machine's GPUs")
+    ssh.add_argument("--spares", metavar="N", type=_SEED, default=0, help="last hosts to keep for failures; default: 0")
+    ssh.add_argument("--address", metavar="HOST", help="of this machine, for the hosts; default: its name")
+    help_text = "how a host is reached; default: %(default)s"
+    ssh.add_argument("--ssh", metavar="COMMAND", default="ssh -o BatchMode=yes -o ConnectTimeout=10", help=help_text)
+    ssh.set_defaults(run=_launch_ssh)
+    for parser in (local, ssh):
+        parser.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file; its checkpoint.dir is the run")
+        help_text = "inside this start; default: %(default)s"
+        parser.add_argument("--max-restarts", metavar="N", type=_SEED, default=10, help=help_text)
+        help_text = "seconds in one step after which a silent rank hangs; default: 600"
+        parser.add_argument("--step-timeout", metavar="S", type=_COUNT, help=help_text)
+        help_text = "a step whose loss is not finite: stop, or leave its data out; default: %(default)s"
+        parser.add_argument("--bad-steps", choices=["stop", "rewind"], default="stop", help=help_text)
+    status = verbs.add_parser("status", help="say how a run is doing", allow_abbrev=False)
+    status.add_argument("folder", metavar="RUN", type=Path, help="the run's folder")
+    status.add_argument("--json", dest="as_json", action="store_true", help="print JSON in place of text")
+    status.set_defaults(run=_launch_status)
+
+
+def _launch_local(*, recipe: Path, overrides: Sequence[str] = (), **options: Any) -> int:
+    from launch.local import launch_local
+
+    return launch_local(recipe, overrides=overrides, **options)
+
+
+def _launch_ssh(*, hostfile: Path, recipe: Path, overrides: Sequence[str] = (), **options: Any) -> int:
+    from launch.ssh import launch_ssh
+
+    return launch_ssh(hostfile, recipe, overrides=overrides, **options)
+
+
+def _launch_status(*, folder: Path, as_json: bool) -> int:
+    from launch.status import status
+
+    return status(folder, as_json=as_json)
 
 
 def _add_validate(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,14 @@ class InputError(ValueError):
     """
 
 
+class DamagedCheckpoint(InputError):
+    """A checkpoint is not what was written: an earlier one may still be good."""
+
+
+class NeverRestart(Exception):
+    """The run must not go on, nor be started again by a machine: another attempt has taken it over. Exit code 93."""
+
+
 class StopRequested(Exception):
     """The run was asked to stop (a signal), has saved its checkpoint, and can be started again: exit code 75."""
 

@@ -20,8 +20,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from types import FrameType
 
-from mcore_swift import rank_env
-from mcore_swift.errors import EXIT_FAILED, EXIT_INPUT, EXIT_TRY_AGAIN, InputError, StopRequested
+from mcore_swift import rank_env, stop
+from mcore_swift.errors import (
+    EXIT_FAILED,
+    EXIT_INPUT,
+    EXIT_NEVER_RESTART,
+    EXIT_TRY_AGAIN,
+    InputError,
+    NeverRestart,
+    StopRequested,
+)
 
 POLL_SECONDS = 0.05
 SETTLE_SECONDS = 0.5  # after the first failure seen: the rank that caused it may still be on its way out
@@ -41,7 +49,8 @@ def launch(fn: Entry, *, ranks: int, preload: Callable[[], None], threads: int) 
     `fn`; `threads` CPU threads serve each rank's torch.
 
     Raises InputError as `fn` raised it in whichever rank failed first. Any other failure of a forked rank is printed
-    with its rank and becomes exit code 1; that of a rank that runs right here propagates. StopRequested becomes 75.
+    with its rank and becomes exit code 1; that of a rank that runs right here propagates. StopRequested becomes 75,
+    NeverRestart 93.
     """
     joined = rank_env.joined(os.environ)
     if joined is None and ranks > 1:
@@ -52,8 +61,8 @@ def launch(fn: Entry, *, ranks: int, preload: Callable[[], None], threads: int) 
         _set_threads(threads)
         try:
             return fn() or 0
-        except StopRequested as stop:
-            return _stopped(str(stop))
+        except StopRequested as request:
+            return _stopped(str(request))
 
 
 @contextlib.contextmanager
@@ -87,7 +96,7 @@ def _stopped(message: str) -> int:
 class _Report:
     """The exception that ended a rank."""
 
-    kind: str  # input, stop, interrupt or failure
+    kind: str  # input, stop, never, interrupt or failure
     message: str
     traceback: str
     time: float  # seconds of CLOCK_MONOTONIC, which all processes of a machine share
@@ -133,6 +142,7 @@ def _fork(fn: Entry, *, ranks: int, preload: Callable[[], None], threads: int) -
         os.set_blocking(read, False)
         children.append(_Child(rank, pid, read))
     with _forwarding(children) as forwarded:
+        _pass_on(stop.FLAG.received, children)  # what came before the ranks were there
         try:
             return _wait(children, forwarded)
         finally:
@@ -160,6 +170,8 @@ def _explain(child: _Child, forwarded: list[int]) -> int:
         raise InputError(report.message)
     if report is not None and report.kind == "interrupt":
         raise KeyboardInterrupt
+    if report is not None and report.kind == "never":
+        raise NeverRestart(report.message)
     if report is not None:
         print(f"mcore-swift: rank {child.rank} failed:\n{report.traceback}", file=sys.stderr, end="")
         return code
@@ -198,9 +210,7 @@ def _forwarding(children: list[_Child]) -> Iterator[list[int]]:
 
     def forward(number: int, frame: FrameType | None) -> None:
         came.append(number)
-        for child in children:
-            if child.code is None:
-                os.kill(child.pid, number)
+        _pass_on(number, children)
         if number == signal.SIGINT and came.count(number) > 1:
             raise KeyboardInterrupt
 
@@ -210,6 +220,12 @@ def _forwarding(children: list[_Child]) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _pass_on(number: int, children: list[_Child]) -> None:
+    for child in children if number else ():
+        if child.code is None:
+            os.kill(child.pid, number)
 
 
 def _end(children: list[_Child]) -> None:
@@ -238,8 +254,9 @@ def _run_child(fn: Entry, *, parent: int, pipe: int, threads: int) -> None:
     try:
         _die_with(parent)
         os.setpgid(0, 0)  # a terminal's Ctrl-C reaches the parent alone, which passes it on once
-        for number in _FORWARDED:
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in stop.STOP_SIGNALS:  # one that comes before the rank is ready must not kill it without a word
+            signal.signal(number, stop.FLAG.receive if stop.FLAG.installed else signal.SIG_DFL)
         _set_threads(threads)
         code = fn() or 0
     except BaseException as error:
@@ -259,6 +276,7 @@ def _exit_code(error: BaseException) -> tuple[int, str]:
     kinds: list[tuple[type[BaseException], int, str]] = [
         (InputError, EXIT_INPUT, "input"),
         (StopRequested, EXIT_TRY_AGAIN, "stop"),
+        (NeverRestart, EXIT_NEVER_RESTART, "never"),
         (KeyboardInterrupt, EXIT_INTERRUPTED, "interrupt"),
     ]
     return next(((code, kind) for known, code, kind in kinds if isinstance(error, known)), (EXIT_FAILED, "failure"))

@@ -211,6 +211,7 @@ class ScheduleSection(_Strict):
     warmup_steps: int = 0  # steps of linear warm-up from 0
     decay: Literal["cosine", "linear", "wsd", "constant"] = "cosine"  # wsd: warm-up, stable, linear decay at the end
     decay_steps: int | None = None  # wsd: steps of its final decay, required; others: must be absent
+    skip_steps: list[int] = field(default_factory=list)  # steps, from 1, whose data is left out: nothing is trained
     eval_interval: int = 0  # steps between evaluations on the validation data; 0: only at the end
     eval_batches: int | None = None  # global batches an evaluation; default: the whole validation set
 

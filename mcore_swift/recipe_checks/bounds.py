@@ -43,7 +43,7 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], str]] = [
         "data.validation_split optimizer.beta1 optimizer.beta2 optimizer.muon_momentum adapter.dropout",
     ),
     ("between 0 and 2147483647", lambda x: 0 <= x < 2**31, "runtime.seed"),
-    ("steps counted from 1", lambda x: min(x, default=1) >= 1, "runtime.profile_steps"),
+    ("steps counted from 1", lambda x: min(x, default=1) >= 1, "runtime.profile_steps schedule.skip_steps"),
     (
         "a path, not an empty text",
         bool,

@@ -82,6 +82,9 @@ class RunEnd:
 class Callback:
     """One output of a run; every hook may stay empty."""
 
+    def on_phase(self, phase: str) -> None:
+        """Called when the run begins to load, evaluate, save or export, and when it goes back to train."""
+
     def on_start(self, info: RunInfo) -> None:
         """Called once, before the first step."""
 

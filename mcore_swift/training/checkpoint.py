@@ -5,9 +5,9 @@ RUN/checkpoints/step-00000020/  a Megatron `torch_dist` checkpoint: model and op
     hf/                         configuration and tokenizer, so that the folder stands alone
     rng/00003.pt                random states of rank 3
 
-An attempt writes into RUN/checkpoints/.step-00000020.ATTEMPT. The first rank renames it when every rank has written and
-synced its part, so a kill at any moment leaves either the whole step or none. Attempts have names of their own: a rank
-of a dead attempt that is still running cannot write into another one's folder.
+An attempt writes into RUN/checkpoints/.attempt-K/step-00000020.RANDOM. The first rank renames it when every rank has
+written and synced its part, so a kill at any moment leaves either the whole step or none. Attempts have folders of
+their own, and a later attempt takes those of earlier ones away: see `checkpoint_fence`.
 
 Nothing heavy is imported here: a platform must be installed before Megatron is.
 """
@@ -17,9 +17,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import secrets
 import shutil
+import sys
 import tempfile
 import threading
 import traceback
@@ -32,10 +32,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from mcore_swift import parallel
-from mcore_swift.errors import InputError
+from mcore_swift.errors import DamagedCheckpoint, InputError, NeverRestart
 from mcore_swift.models.build import ModelSource
 from mcore_swift.parallel import ParallelPlan
 from mcore_swift.recipe import CheckpointSection
+from mcore_swift.training.checkpoint_fence import AttemptFolder
 from mcore_swift.training.checkpoint_folder import (
     MANIFEST,
     check_adapter,
@@ -120,10 +121,10 @@ class CheckpointManager:
     def __init__(
         self, section: CheckpointSection, *, run_dir: Path, source: ModelSource, recipe_text: str, plan: ParallelPlan
     ) -> None:
-        """Makes the folder and removes what dead attempts left in it.
+        """Makes the folder and takes it over from earlier attempts.
 
         Raises InputError when the folder can't be written, or holds another run's results that the recipe neither
-        resumes nor allows to replace.
+        resumes nor allows to replace; NeverRestart when a later attempt has taken it over.
         """
         self.section, self.source, self.recipe_text, self.plan = section, source, recipe_text, plan
         self.run_dir, self.folder = run_dir, run_dir / "checkpoints"
@@ -132,7 +133,9 @@ class CheckpointManager:
         self._pending: _Save | None = None
         self._committed: Path | None = None  # by a synchronous save; `poll` tells of it
         self._foreign = section.resume == "never"  # what is there belongs to another run
+        self.attempt = AttemptFolder(self.folder, 0)
         parallel.on_first_rank(self._open)
+        self.attempt = _from_first_rank(self.attempt)
 
     def _open(self) -> None:
         old = complete_checkpoints(self.folder)
@@ -147,20 +150,42 @@ class CheckpointManager:
             tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as error:
             raise InputError(f"checkpoint.dir: {self.run_dir} can't be written: {error.strerror or error}") from None
-        self._remove_leftovers()
+        self.attempt = AttemptFolder.open(self.folder)
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint. Not a collective call."""
         return next(reversed(complete_checkpoints(self.folder)), None)
 
+    def confirm(self) -> None:
+        """Raises NeverRestart, on all ranks, when a later attempt has taken the run over."""
+        parallel.on_first_rank(self.attempt.check)
+
     # --- resuming -----------------------------------------------------------------------------------------------------
+
+    def resume(self, *, models: Sequence[Module], optimizer: MegatronOptimizer | None) -> TrainState | None:
+        """Loads the newest checkpoint that isn't damaged, and says what was passed over; None where there is none.
+
+        Raises what `load` does, and the first one's DamagedCheckpoint when all are: a run doesn't start anew by itself.
+        """
+        first: DamagedCheckpoint | None = None
+        for path in reversed(_from_first_rank(complete_checkpoints(self.folder))):
+            if first is not None:
+                _say(f"{first}; going on from {path.name}")
+            try:
+                return self.load(path, models=models, optimizer=optimizer)
+            except DamagedCheckpoint as error:
+                first = first or error
+        if first is not None:
+            raise first
+        return None
 
     def load(self, path: Path, *, models: Sequence[Module], optimizer: MegatronOptimizer | None) -> TrainState:
         """Fills models and optimizer in place and restores the random states; returns where the run stands.
 
         At the layout it was saved at, the run goes on bit for bit. At another one every number is the same but the
         random states, which belong to ranks, are made anew from (seed, step).
-        Raises InputError, on all ranks, for another model's checkpoint, one without optimizer, or a damaged one.
+        Raises InputError, on all ranks, for another model's checkpoint or one without optimizer, DamagedCheckpoint for
+        a damaged one.
         """
         from mcore_swift.training import optimizer_state, rng
         from mcore_swift.weights import dist_checkpoint, dist_index
@@ -247,16 +272,12 @@ class CheckpointManager:
         return self._complete()
 
     def _begin(self, step: int) -> Path:
-        """Makes the attempt's folder; the same one on all ranks."""
-        import torch.distributed as dist
-
-        name: list[Any] = [f".step-{step:08d}.{secrets.token_hex(4)}"]
-        dist.broadcast_object_list(name, src=0)
-        folder = self.folder / name[0]
+        """Makes the save's folder; the same one on all ranks."""
+        folder = self.attempt.path / _from_first_rank(f"step-{step:08d}.{secrets.token_hex(4)}")
 
         def make() -> None:
-            (folder / "rng").mkdir(parents=True)
-            (folder / "hf").mkdir()
+            for path in (folder, folder / "rng", folder / "hf"):  # not its parent: that one's absence is the fence
+                path.mkdir()
 
         with self._reporting(step, folder):
             parallel.on_first_rank(make)
@@ -306,32 +327,28 @@ class CheckpointManager:
         others = [path for path in complete_checkpoints(self.folder) if path != final]
         if self._foreign:  # never to be resumed by this run, not even after a kill in the next line
             for path in others:
-                self._hide(path)
-        if final.exists():  # of another run, or of an attempt that went on beside this one
-            self._hide(final)
-        os.rename(save.folder, final)
+                self.attempt.discard(path)
+        self.attempt.commit(save.folder, final)
         sync(self.folder)
         if self.section.keep and not self._foreign:
             for path in others[: max(0, len(others) + 1 - self.section.keep)]:
-                self._hide(path)
-        self._remove_leftovers()
-
-    def _hide(self, path: Path) -> None:
-        """Takes a checkpoint's name away, so that a kill while it is deleted leaves nothing that looks complete."""
-        os.rename(path, self.folder / f".{path.name}.{secrets.token_hex(4)}")
-
-    def _remove_leftovers(self) -> None:
-        for path in self.folder.glob(".step-*"):
-            shutil.rmtree(path, ignore_errors=True)
+                self.attempt.discard(path)
+        self.attempt.clear()
 
     @contextlib.contextmanager
     def _reporting(self, step: int, folder: Path) -> Any:
         """Removes the attempt's folder when saving fails, and turns a full disk and the like into one clear message."""
         try:
             yield
+        except NeverRestart:
+            raise
         except Exception as error:
-            with contextlib.suppress(Exception):
-                parallel.on_first_rank(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+            def clean() -> None:
+                self.attempt.check()  # when the run was taken over, that is the reason
+                shutil.rmtree(folder, ignore_errors=True)
+
+            parallel.on_first_rank(clean)
             newest = self.newest()
             rest = f"the newest checkpoint is still {newest.name}" if newest else "there is no earlier one"
             cause = _os_error(error)
@@ -379,6 +396,23 @@ def _together(work: Callable[[], Any]) -> Any:
     return result
 
 
+def _from_first_rank[T](value: T) -> T:
+    """The first rank's value, on all ranks. Collective."""
+    import torch.distributed as dist
+
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _say(text: str) -> None:
+    """Prints once for the whole job."""
+    import torch.distributed as dist
+
+    if dist.get_rank() == 0:
+        print(f"mcore-swift: {text}", file=sys.stderr, flush=True)
+
+
 def _manifest(path: Path) -> dict[str, Any]:
     """The checkpoint's manifest, from the first rank, which looks whether all files are there in full. Collective."""
     import torch.distributed as dist
@@ -403,4 +437,4 @@ def _read_rng(path: Path) -> dict[str, Any]:
     try:
         return torch.load(file, weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{file}: damaged: {error}") from None
+        raise DamagedCheckpoint(f"{file}: damaged: {error}") from None

@@ -10,10 +10,12 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mcore_swift.errors import InputError
-from mcore_swift.models.build import ModelSource, read_source
+from mcore_swift.errors import DamagedCheckpoint, InputError
+
+if TYPE_CHECKING:
+    from mcore_swift.models.build import ModelSource
 
 MANIFEST = "mcore_swift.json"
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
@@ -65,14 +67,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_text())
         sizes = manifest["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path / MANIFEST}: damaged: {error}") from None
+        raise DamagedCheckpoint(f"{path / MANIFEST}: damaged: {error}") from None
     for name, size in sizes.items():
         found = (path / name).stat().st_size if (path / name).is_file() else None
         if found != size:
             state = "is missing" if found is None else f"has {found} bytes, {size} were written"
-            raise InputError(
-                f"{path}: this checkpoint is damaged: {name} {state}; remove the folder to go on from an earlier one"
-            )
+            raise DamagedCheckpoint(f"{path}: this checkpoint is damaged: {name} {state}")
     return manifest
 
 
@@ -98,6 +98,8 @@ def check_adapter(path: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]
 
 def check_config(path: Path, source: ModelSource) -> None:
     """Raises InputError naming the first key in which the checkpoint's config.json is another model's than `source`."""
+    from mcore_swift.models.build import read_source
+
     theirs = read_source(checkpoint_source(path)).config.to_dict()
     ours = source.config.to_dict()
     for key in [*ours, *theirs]:

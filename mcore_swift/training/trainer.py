@@ -9,11 +9,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mcore_swift import parallel
+from mcore_swift import parallel, stop
 from mcore_swift.data.loader import LoaderShape, build_loaders
 from mcore_swift.data.tokenizer import load_tokenizer
 from mcore_swift.errors import InputError, StopRequested
@@ -26,7 +25,7 @@ from mcore_swift.platform import Platform
 from mcore_swift.recipe import Recipe
 from mcore_swift.recipe_checks.job import Batches
 from mcore_swift.recipe_io import dump_recipe
-from mcore_swift.training import adapters, reference, setup
+from mcore_swift.training import adapters, heartbeat, reference, setup
 from mcore_swift.training.callbacks import Callback, RunEnd, RunInfo, StepRecord, build_callbacks
 from mcore_swift.training.checkpoint import CheckpointManager, TrainState
 from mcore_swift.training.checkpoint_folder import checkpoint_step
@@ -37,34 +36,7 @@ from mcore_swift.training.sums import Means, StepResult
 from mcore_swift.weights.hf_folder import export
 
 if TYPE_CHECKING:
-    import torch
-
     from mcore_swift.data.loader import EvalLoader, TrainLoader
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-
-@dataclass
-class StopFlag:
-    """Set by a signal; the ranks agree on it at the next step's end."""
-
-    received: int = 0
-
-    def install(self) -> None:
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._receive)
-
-    def _receive(self, number: int, frame: object) -> None:
-        self.received = number
-
-    def agreed(self, device: torch.device) -> int:
-        """The signal that any rank of the job has received, 0 for none. Collective."""
-        import torch
-        import torch.distributed as dist
-
-        flag = torch.tensor(self.received, device=device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return int(flag.item())
 
 
 def make_run_dir(folder: Path) -> None:
@@ -85,8 +57,11 @@ class Trainer:
 
         self.recipe, self.source, self.plan, self.platform = recipe, source, plan, platform
         self.started = time.monotonic()
-        self.stop = StopFlag()
+        self.stop = stop.FLAG
         self.stop.install()
+        heartbeats = heartbeat.from_environment()
+        self.callbacks: list[Callback] = [*heartbeats]
+        self._tell("on_phase", "load")
         parallel.initialize(plan, platform, seed=recipe.runtime.seed)
         platform.check_precision(recipe.precision)
         self.device = platform.current_device()
@@ -94,7 +69,8 @@ class Trainer:
         self.run_dir = Path(recipe.checkpoint.dir) if recipe.checkpoint.dir else None
         if self.run_dir is not None:
             parallel.on_first_rank(lambda: make_run_dir(Path(recipe.checkpoint.dir or "")))
-        self.callbacks: list[Callback] = build_callbacks(recipe, run_dir=self.run_dir) if self.is_reporter else []
+        if self.is_reporter:
+            self.callbacks += build_callbacks(recipe, run_dir=self.run_dir)
         self.train_loader, self.eval_loader = self._loaders()
         self.total_steps = self._total_steps()
         check_schedule(recipe.schedule, total_steps=self.total_steps)
@@ -171,16 +147,18 @@ class Trainer:
     def _resume(self) -> None:
         if self.checkpoints is None or self.recipe.checkpoint.resume == "never":
             return
-        newest = self.checkpoints.newest()
-        if newest is None:
+        state = self.checkpoints.resume(models=self.model.models, optimizer=self.model.optimizer)
+        if state is None:
             return
-        state = self.checkpoints.load(newest, models=self.model.models, optimizer=self.model.optimizer)
         self.train_loader.load_state_dict(state.loader)
         self.step = state.step
 
     def _loop(self) -> None:
         recipe = self.recipe
         saved = evaluated = self.step
+        early = self.stop.agreed(self.device)
+        if early:  # it came while everything was loaded: what is saved already is all there is
+            raise StopRequested(f"{signal.Signals(early).name} was received before step {self.step + 1}")
         while self.step < self.total_steps:
             self._step()
             if self.checkpoints and recipe.checkpoint.interval and self.step % recipe.checkpoint.interval == 0:
@@ -190,8 +168,8 @@ class Trainer:
                 self._evaluate()
                 evaluated = self.step
             self._committed()
-            stop = self.stop.agreed(self.device)
-            if stop:
+            asked = self.stop.agreed(self.device)
+            if asked:
                 if saved != self.step:
                     self._save()
                 self._finish_saves()
@@ -200,7 +178,7 @@ class Trainer:
                     if self.checkpoints
                     else "; nothing is saved without checkpoint.dir"
                 )
-                raise StopRequested(f"{signal.Signals(stop).name} was received{where}")
+                raise StopRequested(f"{signal.Signals(asked).name} was received{where}")
         if self.eval_loader is not None and evaluated != self.step:
             self._evaluate()
         if self.checkpoints and recipe.checkpoint.final and saved != self.step:
@@ -210,6 +188,10 @@ class Trainer:
             self._export(self.run_dir)
 
     def _step(self) -> None:
+        if self.step + 1 in self.recipe.schedule.skip_steps:
+            self.train_loader.micro_batches(self.step)  # a stream moves on
+            self.step += 1
+            return
         begin = time.perf_counter()
         rate = learning_rate(self.step, schedule=self.recipe.schedule, total_steps=self.total_steps)
         set_learning_rate(self.model.optimizer, rate, self.recipe.optimizer.weight_decay)
@@ -249,6 +231,7 @@ class Trainer:
     def _evaluate(self) -> None:
         if self.eval_loader is None:
             return
+        self._tell("on_phase", "evaluate")
         means = Means()
         for number, batches in enumerate(self.eval_loader.batches()):
             if number == self.recipe.schedule.eval_batches:
@@ -263,6 +246,7 @@ class Trainer:
     def _save(self) -> None:
         if self.checkpoints is None:
             return
+        self._tell("on_phase", "save")
         self.model.sync_parameters()
         state = TrainState(
             step=self.step,
@@ -270,11 +254,13 @@ class Trainer:
             samples=self.step * self.recipe.schedule.global_batch_size,
         )
         self.checkpoints.save(state, models=self.model.models, optimizer=self.model.optimizer)
+        self._tell("on_phase", "train")
 
     def _committed(self) -> None:
         self._announce(self.checkpoints.poll() if self.checkpoints else None)
 
     def _finish_saves(self) -> None:
+        self._tell("on_phase", "save")
         self._announce(self.checkpoints.finish() if self.checkpoints else None)
 
     def _announce(self, path: Path | None) -> None:
@@ -282,6 +268,9 @@ class Trainer:
             self._tell("on_checkpoint", checkpoint_step(path), path)
 
     def _export(self, folder: Path) -> None:
+        if self.checkpoints is not None:
+            self.checkpoints.confirm()
+        self._tell("on_phase", "export")
         self.model.sync_parameters()
         if self.recipe.adapter.name != "none":
             adapters.write(self.recipe, self.model, folder)

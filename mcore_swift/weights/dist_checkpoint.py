@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_in_place
 from torch.distributed.checkpoint.storage import WriteResult
 
 from mcore_swift import parallel
-from mcore_swift.errors import InputError, nearest
+from mcore_swift.errors import DamagedCheckpoint, InputError, nearest
 from mcore_swift.weights.live import ADAPTERS, sharded_state
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def check_fits(items: Iterable[ShardedTensor], index: Metadata, folder: Path, *,
 def read(items: Iterable[Item], folder: Path, index: Metadata) -> dict[str, Any]:
     """Fills the tensors of `items` in place, each rank for itself; returns what the objects hold, by `unique_key`.
 
-    Rows of vocabulary padding that the checkpoint lacks become 0. Raises InputError when a file is damaged.
+    Rows of vocabulary padding that the checkpoint lacks become 0. Raises DamagedCheckpoint when a file is.
     """
     by_key: dict[str, list[Any]] = {}
     for item in items:
@@ -246,7 +246,7 @@ def read(items: Iterable[Item], folder: Path, index: Metadata) -> dict[str, Any]
     try:
         load_in_place(state, storage_reader=_Reader(folder, index), planner=planner, no_dist=True)
     except Exception as error:  # torch wraps whatever goes wrong inside in a type of its own
-        raise InputError(f"{folder}: this checkpoint is damaged: {_innermost(error)}") from error
+        raise DamagedCheckpoint(f"{folder}: this checkpoint is damaged: {_innermost(error)}") from error
     return {key: state[key][0] for key in objects}  # type: ignore[index]
 
 

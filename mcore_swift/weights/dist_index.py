@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mcore_swift.errors import InputError
+from mcore_swift.errors import DamagedCheckpoint, InputError
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
@@ -54,5 +54,5 @@ def read_index(folder: Path) -> Metadata:
     except FileNotFoundError:
         raise InputError(f"{folder}: not a Megatron checkpoint: it has no .metadata") from None
     except Exception as error:  # unpickling damaged bytes fails in whatever way those bytes lead to
-        raise InputError(f"{folder}/.metadata: this checkpoint's index is damaged: {error}") from None
+        raise DamagedCheckpoint(f"{folder}/.metadata: this checkpoint's index is damaged: {error}") from None
     return metadata

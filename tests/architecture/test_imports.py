@@ -21,7 +21,7 @@ PACKAGES = {
 # Inside mcore_swift, lowest first: a module imports from its own layer and from those below. A new name belongs here.
 LAYERS = [
     {"errors"},
-    {"flops", "parallel", "pipeline", "platform", "rank_env", "ranks", "recipe", "recipe_checks", "recipe_io"},
+    {"flops", "parallel", "pipeline", "platform", "rank_env", "ranks", "recipe", "recipe_checks", "recipe_io", "stop"},
     {"data", "models", "objectives", "peft", "weights"},
     {"training"},
     {"cli", "__init__"},  # __init__ offers the adapters by name, when they are asked for

@@ -20,6 +20,9 @@ VERBS = {
     "merge": "BASE ADAPTER DST --dtype",
     "launch slurm": "RECIPE --nodes --gpus-per-node --fast-domain --run --spares --time --no-requeue --array --sweep "
     "--dependency --name --site --no-preflight --here --dry-run",
+    "launch local": "RECIPE --max-restarts --step-timeout --bad-steps",
+    "launch ssh": "HOSTFILE --ranks-per-node --spares --address --ssh RECIPE --max-restarts --step-timeout --bad-steps",
+    "launch status": "RUN --json",
     "data validate": "FILE --format --tokenizer --sequence-length",
     "data prepare": "FILE --output --tokenizer --workers --no-eod",
 }
@@ -39,7 +42,7 @@ KEYS = {
     "lisa_interval muon_momentum muon_nesterov muon_steps "
     "muon_coefficients muon_scale muon_extra_scale muon_precision",
     "schedule": "steps epochs global_batch_size micro_batch_size learning_rate min_learning_rate warmup_steps decay "
-    "decay_steps eval_interval eval_batches",
+    "decay_steps skip_steps eval_interval eval_batches",
     "precision": "dtype fp8 fp8_format fp8_param_gather",
     "moe": "aux_loss aux_loss_coeff z_loss_coeff expert_bias_update_rate router_dtype capacity_factor drop_policy "
     "pad_to_capacity dispatcher grouped permute_fusion shared_expert_overlap",

@@ -141,7 +141,7 @@ def numbers(run: Path) -> list[tuple[Any, ...]]:
 
 
 def checkpoints(run: Path) -> list[str]:
-    return sorted(path.name for path in (run / "checkpoints").iterdir())
+    return sorted(path.name for path in (run / "checkpoints").glob("step-*"))
 
 
 @pytest.mark.parametrize(

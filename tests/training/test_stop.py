@@ -38,7 +38,7 @@ def test_stop_and_go_on(place: Path, number: signal.Signals) -> None:  # noqa: F
     assert number.name in errors and "checkpoint saved after step" in errors
     stopped = len(metrics.read_text().splitlines())
     assert 1 <= stopped < 60
-    names = [path.name for path in (place / "run" / "checkpoints").iterdir()]
+    names = [path.name for path in (place / "run" / "checkpoints").glob("step-*")]
     assert names == [f"step-{stopped:08d}"]
     assert not (place / "run" / "hf").exists()
 
@@ -58,3 +58,33 @@ def test_steps_can_be_profiled(place: Path) -> None:  # noqa: F811
     traces = sorted((place / "run" / "profile").iterdir())
     assert [path.name for path in traces] == [f"step-00000002.rank-0000{rank}.json" for rank in (0, 1)]
     assert all("aten::mm" in path.read_text() for path in traces)
+
+
+def stopped_while_importing(argv: list[str]) -> tuple[int, str, str]:
+    """TERM reaches the process that imports for its ranks, before there is one."""
+    from mcore_swift.training import run
+
+    run.preload = lambda platform: os.kill(os.getpid(), signal.SIGTERM)
+    return command(argv, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_stopped_while_importing(place: Path, ranks: str) -> None:  # noqa: F811
+    argv = ["train", str(place / "recipe.yaml"), "--parallel.dp", ranks]
+    code, _, errors = run_ranks(stopped_while_importing, 1, argv)[0]
+    assert code == 75 and "stopped: SIGTERM was received before step 1" in errors, errors
+    assert not any((place / "run" / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.slow
+def test_steps_can_be_left_out(place: Path) -> None:  # noqa: F811
+    argv = ["train", str(place / "recipe.yaml"), "--schedule.steps", "4", "--schedule.skip_steps", "[2]"]
+    assert run_ranks(command, 1, argv, {})[0][0] == 0
+    rows = [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 3, 4]
+    whole = ["train", str(place / "recipe.yaml"), "--schedule.steps", "4", "--checkpoint.dir", str(place / "whole")]
+    assert run_ranks(command, 1, whole, {})[0][0] == 0
+    others = [json.loads(line) for line in (place / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["loss"] == others[0]["loss"] and rows[1]["loss"] != others[2]["loss"]
+    assert [row["lr"] for row in rows] == [row["lr"] for row in others if row["step"] != 2]
