@@ -7,6 +7,8 @@ requeued job's supervisor goes on from what it finds there.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import resource
 import secrets
 import signal
 import socket
@@ -46,6 +48,8 @@ class Supervisor:
     def run(self) -> int:
         """Returns the exit code for the scheduler (launch/README.md)."""
         before = {number: signal.signal(number, self._on_signal) for number in (*STOP_SIGNALS, signal.SIGINT)}
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection for each node
         try:
             with listen(self.address) as listener:
                 self._close_open_attempts()
@@ -168,9 +172,9 @@ class Supervisor:
 
     def _say(self, text: str) -> None:
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"
-        print(line, flush=True)
-        if self.log is not None:
-            print(line, file=self.log, flush=True)
+        for stream in (sys.stdout, self.log):
+            with contextlib.suppress(OSError):  # a full disk must not end the supervisor, too
+                print(line, file=stream, flush=True)
 
 
 def _skip_steps(run: RunFolder) -> list[int]:
@@ -208,6 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"supervise: error: {error}", file=sys.stderr)
         return EXIT_INPUT
+    except OSError as error:  # the run folder can't be written any more
+        print(f"supervise: error: {error}", file=sys.stderr)
+        return EXIT_FAILED
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import argparse
 import os
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from launch.agent.job import Fence, RunFolder
 from launch.agent.node import Agent
 from mcore_swift.errors import EXIT_FAILED, EXIT_INPUT, EXIT_NEVER_RESTART, InputError
 
+STALE_SECONDS = 30.0
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the node's part of an attempt; returns the exit code (launch/README.md)."""
@@ -21,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     name: str = arguments.node or os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     try:
         folder = RunFolder(arguments.run)
-        job, fence = folder.job(), folder.fence()
+        job, fence = folder.job(), read_fence(folder, arguments.attempt)
         if fence.attempt != arguments.attempt:
             print(f"agent {name}: attempt {arguments.attempt} was overtaken: {folder.path} is at {fence.attempt}")
             return EXIT_NEVER_RESTART
@@ -49,6 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--nodes", metavar="N", type=int, help="default: job.json's")
     parser.add_argument("--rendezvous", metavar="HOST:PORT", help="of the ranks; default: attempt.json's")
     return parser
+
+
+def read_fence(folder: RunFolder, attempt: int) -> Fence:
+    """attempt.json; waits a moment for a network file system that still shows the one before."""
+    deadline = time.monotonic() + STALE_SECONDS
+    while (fence := folder.fence()).attempt < attempt and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return fence
 
 
 def find_node(name: str, fence: Fence) -> int:

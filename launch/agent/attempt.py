@@ -31,6 +31,7 @@ from mcore_swift.training.checkpoint_folder import checkpoint_step, complete_che
 
 POLL_SECONDS = 0.1
 PROGRESS_SECONDS = 2.0
+MANY_RANKS = 512  # a report takes a moment of each rank
 REMEMBERED_STEPS = 50  # of each rank, for the report of slow ones
 SLOW = 1.25  # times the median of all ranks
 Command = Callable[[Sequence[str], Path], Any]  # starts words with their output into a file; a Popen, or like one
@@ -97,7 +98,7 @@ class Attempt:
                 self._listen()
                 self._check_nodes(launchers)
                 self._act()
-                self._write_progress(every=PROGRESS_SECONDS)
+                self._write_progress(every=PROGRESS_SECONDS if self.job.world_size <= MANY_RANKS else 15.0)
         finally:
             self._send(type="kill")
             self._write_progress(every=0.0)
@@ -139,7 +140,7 @@ class Attempt:
 
     def _listen(self) -> None:
         lines = {node.line: node for node in self.nodes.values() if node.line is not None and not node.over}
-        ready, _, _ = select.select([self.listener, *self.strangers, *lines], [], [], POLL_SECONDS)
+        ready = _readable([self.listener, *self.strangers, *lines])
         if self.listener in ready:
             with contextlib.suppress(OSError):
                 self.strangers.append(Line(self.listener.accept()[0]))
@@ -296,6 +297,14 @@ class Attempt:
         if any(end.cause == "stopped" for end in self.ends.values()):
             return Result(**common, outcome="stopped", code=EXIT_TRY_AGAIN, step=step)
         return Result(**common, outcome="done", code=0, step=step)
+
+
+def _readable(watched: Sequence[Any]) -> set[Any]:
+    """Those of the sockets that have something; waits a moment for it. poll, since select ends at 1024 files."""
+    poll, known = select.poll(), {item.fileno(): item for item in watched}
+    for descriptor in known:
+        poll.register(descriptor, select.POLLIN)
+    return {known[descriptor] for descriptor, _ in poll.poll(1000 * POLL_SECONDS)}
 
 
 def failed_step(end: End) -> int:

@@ -98,6 +98,8 @@ class Agent:
             self._keep_heartbeats()
             code = self.code()
             self._tell(type="done", code=code)
+            if self.line is not None:
+                self.line.drain(self.job.lost_seconds)
             self._say(f"all ranks have ended; exit code {code}")
             return code
         finally:
@@ -122,7 +124,8 @@ class Agent:
         select.select(watched, [], [], POLL_SECONDS)
 
     def _say(self, text: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')} agent {self.node}: {text}", flush=True)
+        with contextlib.suppress(OSError):  # a full disk must not end the agent, too
+            print(f"{time.strftime('%H:%M:%S')} agent {self.node}: {text}", flush=True)
 
     # --- the supervisor -----------------------------------------------------------------------------------------------
 

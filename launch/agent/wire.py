@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import socket
+import time
 from typing import Any
 
 LONGEST = 1 << 24  # bytes of a line; more is not one of ours
@@ -42,6 +44,13 @@ class Line:
             pass
         except OSError:
             self.closed = True
+
+    def drain(self, seconds: float) -> None:
+        """Waits until everything is sent: the last words before the process ends."""
+        deadline = time.monotonic() + seconds
+        while self._unsent and not self.closed and time.monotonic() < deadline:
+            select.select([], [self], [], 0.1)
+            self.flush()
 
     def receive(self) -> list[dict[str, Any]]:
         """The messages that have arrived whole."""

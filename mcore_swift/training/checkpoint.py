@@ -156,6 +156,11 @@ class CheckpointManager:
         """The newest complete checkpoint. Not a collective call."""
         return next(reversed(complete_checkpoints(self.folder)), None)
 
+    @property
+    def pending(self) -> bool:
+        """Whether a save is under way."""
+        return self._pending is not None
+
     def confirm(self) -> None:
         """Raises NeverRestart, on all ranks, when a later attempt has taken the run over."""
         parallel.on_first_rank(self.attempt.check)

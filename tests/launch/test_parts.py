@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections import deque
 from dataclasses import asdict
@@ -17,6 +18,8 @@ from launch.agent.ends import End, describe
 from launch.agent.job import Job, RunFolder, master_port, write_json
 from launch.agent.ladder import Result, backoff, decide, sentence
 from launch.agent.spawn import gpu_cpus
+from launch.agent.wire import Line, connect, listen
+from launch.local import checked_recipe
 from launch.ssh import read_hosts
 from launch.status import run_status
 from mcore_swift.errors import InputError
@@ -152,6 +155,44 @@ def test_status_of_a_running_attempt(tmp_path: Path) -> None:
     assert run_status(tmp_path, now=now + 60)["state"] == "dead"
     with pytest.raises(InputError, match=r"job\.json: missing"):
         run_status(tmp_path / "nothing", now=now)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("resume", "never", "checkpoint.resume: never can't be launched"),
+        ("dir", "null", "checkpoint.dir: a launched run needs a folder"),
+    ],
+)
+def test_recipes_that_cannot_survive(tmp_path: Path, key: str, value: str, message: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{path: {tmp_path}, init: random}}\ndata: {{train: synthetic, format: synthetic}}\n"
+        f"schedule: {{steps: 2}}\ncheckpoint: {{dir: {tmp_path}}}\n"
+    )
+    assert checked_recipe(recipe, []).checkpoint.dir == str(tmp_path)
+    with pytest.raises(InputError, match=message):
+        checked_recipe(recipe, [f"--checkpoint.{key}", value])
+
+
+def test_long_messages_and_wrong_ones(tmp_path: Path) -> None:
+    with listen("127.0.0.1") as listener:
+        ours = connect(f"127.0.0.1:{listener.getsockname()[1]}", seconds=5)
+        listener.setblocking(True)
+        theirs = Line(listener.accept()[0])
+        message = {"type": "end", "text": "é" * 3_000_000}
+        ours.send(message)  # more than the kernel takes at once
+        sender = threading.Thread(target=ours.drain, args=(10,))
+        sender.start()
+        found: list[Any] = []
+        while not found and not theirs.closed:
+            found = theirs.receive()
+        sender.join()
+        assert found == [message]
+        ours.connection.setblocking(True)
+        ours.connection.sendall(b"GET / HTTP/1.1\r\n")
+        while not theirs.closed:
+            assert theirs.receive() == []
 
 
 def test_bad_files(tmp_path: Path) -> None:
