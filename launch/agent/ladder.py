@@ -77,7 +77,7 @@ def decide(
     if result.outcome == "stopped":
         return Decision(action="requeue", reason="stopped on request", code=EXIT_TRY_AGAIN, exclude=[*bad])
     if result.code in (EXIT_INPUT, EXIT_NEVER_RESTART):
-        reason = "the input is wrong" if result.code == EXIT_INPUT else "it must not be restarted"
+        reason = "to be put right first" if result.code == EXIT_INPUT else "it must not be restarted"
         return Decision(action="stop", reason=reason, code=result.code)
     skipped = list(skip_steps)
     rewinds = result.cause == "not finite" and job.bad_steps == "rewind"

@@ -172,7 +172,7 @@ def test_a_full_disk_ends_the_run_and_harms_nothing(
             at_step(8, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY)))
 
     assert run(recipe, folder, disturb) == 2, told(folder)
-    assert "disk full at step" in lines(folder)[0] and lines(folder)[0].endswith("stopping: the input is wrong")
+    assert "disk full at step" in lines(folder)[0] and lines(folder)[0].endswith("stopping: to be put right first")
     assert run(recipe, folder) == 0
     assert numbers(folder) == undisturbed
 
