@@ -105,10 +105,10 @@ def _job(run: Path, stop: Stop) -> int:
 
 def job_hosts() -> list[str]:
     """The job's nodes that answer, along the leaf switches."""
-    hosts = expand(os.environ["SLURM_JOB_NODELIST"])
-    topology = _output(["scontrol", "show", "topology"])
-    down = _output(["sinfo", "--noheader", "--responding", "--format=%n", "--nodes", os.environ["SLURM_JOB_NODELIST"]])
-    answering = set(down.split()) or set(hosts)
+    listed = os.environ["SLURM_JOB_NODELIST"]
+    hosts, topology = expand(listed), _output(["scontrol", "show", "topology"])
+    known = _output(["sinfo", "--Node", "--noheader", "--responding", "--format=%N", "--nodes", listed])
+    answering = set(known.split()) or set(hosts)
     return in_leaf_order([host for host in hosts if host in answering], topology)
 
 

@@ -279,7 +279,8 @@ def _here(options: Options) -> int:
             options, nodes=nodes, gpus_per_node=gpus, name=name, overrides=overrides, sweep=(), array=None, here=False
         )
         found = _checked(asked, run=run)
-        if options.run_folder is None and run.exists():  # this job's own, which Slurm stopped before it was complete
+        own = options.run_folder is None and "SLURM_ARRAY_JOB_ID" not in environment
+        if own and run.exists():  # Slurm stopped this job before its folder was complete
             shutil.rmtree(run)
         check_new(run)
         write(found)
