@@ -76,7 +76,12 @@ def absolute(recipe: Recipe, run: Path) -> Recipe:
     return replace(
         recipe,
         model=replace(recipe.model, path=path(recipe.model.path), tokenizer=path(recipe.model.tokenizer)),
-        adapter=replace(recipe.adapter, path=path(recipe.adapter.path)),
+        adapter=replace(
+            recipe.adapter,
+            path=path(recipe.adapter.path),
+            several={name: replace(one, path=path(one.path)) for name, one in recipe.adapter.several.items()},
+        ),
+        objective=replace(recipe.objective, reference_path=path(recipe.objective.reference_path)),
         data=replace(
             data,
             validation=sources(data.validation),

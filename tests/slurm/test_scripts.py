@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from launch.slurm.prepare import absolute
 from launch.slurm.script import Request, directives, render
 from launch.slurm.site import Site, read_site
 from mcore_swift.cli import main
 from mcore_swift.errors import InputError
+from mcore_swift.recipe_io import dump_recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(ROOT.glob("slurm/*.sh"))
@@ -251,6 +253,21 @@ def test_a_sweep_has_a_recipe_for_each_task(place: Path, capsys: pytest.CaptureF
     code, text = launch(capsys, *words, "--dry-run")
     assert code == 0, text
     assert "#SBATCH --array=0-1\n" in text and f"  dir: {place}/out/task-0" in text and "learning_rate: 1.0e-05" in text
+
+
+def test_no_path_of_a_recipe_depends_on_where_the_job_runs(tmp_path: Path) -> None:
+    """Every key that recipe_io resolves, all relative."""
+    (tmp_path / "recipe.yaml").write_text(
+        "model: {path: rel/model, tokenizer: rel/tokenizer}\n"
+        "data: {train: [rel/a], validation: [{path: rel/b}], chat_template: rel/c, cache_dir: rel/d}\n"
+        "adapter: {path: rel/e, several: {x: {path: rel/f}}}\n"
+        "objective: {reference_path: rel/g}\n"
+        "checkpoint: {dir: rel/h}\n"
+    )
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert dump_recipe(recipe).count(": rel/") == 10
+    text = dump_recipe(absolute(recipe, tmp_path / "run"))
+    assert text.count(f": {Path.cwd()}/rel/") == 9 and f"dir: {tmp_path}/run" in text and ": rel/" not in text
 
 
 @pytest.mark.parametrize(
