@@ -23,7 +23,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -54,6 +54,7 @@ class Quantization:
         return f"{self.kind}{', double quantization' if self.double else ''}"
 
 
+@cache
 def functional() -> Any:
     """bitsandbytes.functional. Raises InputError where it is not installed."""
     # On some CPUs its import looks for kernels that it then does without, and warns of it.
@@ -245,7 +246,10 @@ class _Saved:
 def _unpack(saved: Tensor | _Saved) -> Tensor:
     if isinstance(saved, Tensor):
         return saved
-    return saved.weight.whole().as_strided(saved.size, saved.stride, saved.offset)
+    whole = saved.weight.whole()
+    if (whole.size(), whole.stride()) == (saved.size, saved.stride):
+        return whole  # itself, so that it is found again: Transformer Engine saves a weight twice
+    return whole.as_strided(saved.size, saved.stride, saved.offset)
 
 
 # --- all of a model ---------------------------------------------------------------------------------------------------

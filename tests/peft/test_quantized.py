@@ -358,6 +358,37 @@ def test_no_whole_weight_outlives_its_layers_call(dense: Path, recompute: Any) -
         assert len(held) == len(parameters) == 2 * 7 * 2  # the optimizer has states for adapters only
 
 
+class KeepsItTwice(torch.autograd.Function):
+    """As Transformer Engine's layers: the weight that was computed with, and the parameter."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight, weight, weight.t())
+        return inputs @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        one, two, transposed = ctx.saved_tensors
+        assert one.data_ptr() == two.data_ptr() and torch.equal(transposed.t(), one)
+        return grads[0] @ one, None
+
+
+@pytest.mark.slow
+@in_fork
+def test_a_layer_that_saves_its_weight_twice(dense: Path) -> None:
+    from mcore_swift.peft import quantized
+
+    model = open_model(recipe_for(dense, adapter=adapter()))
+    weight: Any = next(iter(quantized.values(model.chunks).values())).__self__  # type: ignore[attr-defined]
+    whole = weight.whole().clone()
+    inputs = torch.randn(5, whole.size(1), requires_grad=True)
+    with pytest.MonkeyPatch.context() as patch:
+        wholes = Wholes(patch)
+        weight._forward(lambda x: KeepsItTwice.apply(x, weight.site.weight), inputs).sum().backward()
+        assert (wholes.made, wholes.most) == (2, 1)  # forward, backward
+    assert inputs.grad is not None and torch.equal(inputs.grad, torch.ones(5, len(whole)) @ whole)
+
+
 # --- checkpoints, folders, Python -------------------------------------------------------------------------------------
 
 
