@@ -21,7 +21,7 @@ BUFFERS = ("router.expert_bias",)  # saved with the weights, but not trained
 # Tensors that every tensor parallel rank holds whole: norms, routers, biases behind a sum over the ranks. With
 # Transformer Engine's layers also latent attention's way down; the torch layers cut it.
 _WHOLE = re.compile(r"norm\.weight$|layer_norm_weight$|\.router\.|\.gate_weight$|linear_(proj|fc2)\.bias$")
-_LATENT = re.compile(r"linear_(q|kv)_down_proj\.")
+LATENT = re.compile(r"linear_(q|kv)_down_proj\.")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def stage_parameters(
 ) -> list[Parameters]:
     """Parameters of a rank of each pipeline stage, for Platform.layers `layers`. `chunks`: `stages.pipeline_layout`."""
     stages = [Parameters(0)] * plan.pp
-    stage_of_layer = [number % plan.pp for number, chunk in enumerate(chunks) for _ in range(chunk.count("t"))]
+    stage_of_layer = layer_stages(plan, chunks)
     mtp = "m" in chunks[-1]
     for key, shape in _shapes(source).items():
         if key.startswith("mtp.") and not mtp:
@@ -72,6 +72,11 @@ def stage_parameters(
     return stages
 
 
+def layer_stages(plan: ParallelPlan, chunks: Sequence[str]) -> list[int]:
+    """The pipeline stage of each decoder layer."""
+    return [number % plan.pp for number, chunk in enumerate(chunks) for _ in range(chunk.count("t"))]
+
+
 def rank_share(key: str, shape: tuple[int, ...], plan: ParallelPlan, layers: str) -> Parameters:
     """What one rank holds of the global tensor `key`, whose unpadded shape is `shape`."""
     if EXPERTS in key:
@@ -80,7 +85,7 @@ def rank_share(key: str, shape: tuple[int, ...], plan: ParallelPlan, layers: str
         return Parameters(0, share) if own_groups else Parameters(share)
     if key in VOCABULARY:
         shape = (padded_vocab_size(shape[0], plan.tp), *shape[1:])
-    whole = _WHOLE.search(key) or (layers == "transformer_engine" and _LATENT.search(key))
+    whole = _WHOLE.search(key) or (layers == "transformer_engine" and LATENT.search(key))
     return Parameters(prod(shape) // (1 if whole else plan.tp))
 
 

@@ -30,6 +30,7 @@ from mcore_swift.recipe_checks.job import BATCHES, JOB, Batches
 from mcore_swift.recipe_checks.lisa import LISA_LAYERS
 from mcore_swift.recipe_checks.nodes import NODES
 from mcore_swift.recipe_checks.table import explained, refuse
+from perf.adapters import adapted_bytes
 from perf.parameters import Parameters, RankBytes, model_parameters, rank_bytes, stage_parameters
 
 GIB = 2**30
@@ -105,6 +106,10 @@ def outlined(recipe: Recipe, *, gpus: int | None) -> Outline:
     refuse(BATCHES, batches)
     chunks = pipeline_layout(source, plan)
     held = stage_parameters(source, plan, chunks)
+    if recipe.adapter.name == "lora":
+        sizes = adapted_bytes(held, recipe, source, plan, chunks)
+    else:
+        sizes = [rank_bytes(each, plan, recipe) for each in held]
     parameters, active = model_parameters(source)
     return Outline(
         source=source,
@@ -112,7 +117,8 @@ def outlined(recipe: Recipe, *, gpus: int | None) -> Outline:
         plan=plan,
         chunks=chunks,
         stages=tuple(
-            Stage(chunks[number :: plan.pp], each, rank_bytes(each, plan, recipe)) for number, each in enumerate(held)
+            Stage(chunks[number :: plan.pp], each, size)
+            for number, (each, size) in enumerate(zip(held, sizes, strict=True))
         ),
         parameters=parameters,
         active_parameters=active,
