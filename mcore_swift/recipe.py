@@ -21,7 +21,7 @@ DataFormat = Literal[
 # ring. On the CPU all are one exact attention, but what a mode asks of the model is checked there too.
 CpCommType = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
 
-# adapter_off: the same model without its adapter; model: a frozen one beside it; precomputed: kept with the data.
+# adapter_off: the same model without its adapter; model: a frozen one beside it; precomputed: kept on disk.
 Reference = Literal["adapter_off", "model", "precomputed", "none"]
 
 # Which of them an objective has is in recipe_checks/objective.py.
@@ -131,7 +131,7 @@ class ObjectiveSection(_Strict):
     undesirable_weight: float = 1.0  # kto: of bad ones
     dft: bool = False  # sft: weigh each token by its own probability
     reference: Reference | None = None  # dpo, kto: whom to compare with; default: adapter_off, without lora: model
-    reference_path: str | None = None  # reference: model's folder; default: model.path, the run's own start
+    reference_path: str | None = None  # folder of reference: model, precomputed; default: model.path, the run's start
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -180,9 +180,9 @@ OBJECTIVE: list[Row[Recipe]] = [
     ),
     Row(
         "objective.reference_path",
-        "any, without reference: model",
-        lambda r: r.objective.reference_path is not None and reference_of(r) != "model",
-        "only objective.reference: model reads it",
+        "any, without reference: model or precomputed",
+        lambda r: r.objective.reference_path is not None and reference_of(r) not in ("model", "precomputed"),
+        "only objective.reference: model and precomputed read it",
         "leave it out, or set reference: model",
     ),
     Row(
@@ -198,6 +198,13 @@ OBJECTIVE: list[Row[Recipe]] = [
         lambda r: r.objective.name != "sft" and r.adapter.several,
         "{r.objective.name}'s answers don't say which adapter they belong to",
         "train one adapter",
+    ),
+    Row(
+        "objective.reference",
+        "precomputed, with data.streaming: true",
+        lambda r: r.objective.reference == "precomputed" and r.data.streaming,
+        "streamed rows are not known beforehand",
+        "choose adapter_off or model, or set data.streaming: false",
     ),
     Row(
         "model.mtp_loss_scale",

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
 
 from mcore_swift import parallel
@@ -18,7 +21,7 @@ from mcore_swift.data.batch import MicroBatch
 from mcore_swift.errors import InputError
 from mcore_swift.recipe import ModelSection, MoeSection, Recipe, RuntimeSection
 from mcore_swift.recipe_checks.objective import reference_of
-from mcore_swift.training import step
+from mcore_swift.training import setup, step
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,13 +45,51 @@ def build(recipe: Recipe, source: ModelSource, models: Sequence[Any], platform: 
     return None
 
 
+def keep(
+    recipe: Recipe, source: ModelSource, models: Sequence[Any], platform: Platform, loaders: Sequence[Any]
+) -> None:
+    """Puts the reference's log-probabilities into the loaders' micro-batches: from the cache, or computed now and kept.
+
+    The reference is the model without its LoRA, or, where there is none or a path is given, a frozen model that is
+    gone afterwards. Loaders may be None. Collective over the job.
+    """
+    from mcore_swift.data.cache import default_cache_dir
+    from mcore_swift.data.ref_cache import add_ref_logps, model_key
+    from mcore_swift.peft.adapters import disabled
+
+    off = recipe.adapter.name == "lora" and recipe.objective.reference_path is None
+    folder = Path(recipe.objective.reference_path or recipe.model.path)
+    precision = setup.dtype_name(recipe, platform), recipe.precision.fp8
+    found: list[Any] = []  # the frozen model, built for the first data set that isn't in the cache
+
+    def compute(batches: list[MicroBatch]) -> list[Tensor]:
+        mine = step.parts(batches, platform.current_device(), models if off else ())
+        if off:
+            with disabled(models):
+                return step.answer_logps(models, mine)
+        if not found:
+            found.extend(build_frozen(recipe, source, platform))
+        return step.answer_logps(found, mine)
+
+    def merge(values: np.ndarray) -> np.ndarray:
+        merged = torch.from_numpy(values).to(platform.current_device())
+        dist.all_reduce(merged, op=dist.ReduceOp.MAX)
+        return merged.cpu().numpy()
+
+    for loader in loaders:
+        if loader is not None:
+            cache = default_cache_dir(recipe.data.cache_dir)
+            add_ref_logps(
+                loader.samples, model=model_key(folder, precision), compute=compute, merge=merge, cache_dir=cache
+            )
+
+
 def build_frozen(recipe: Recipe, source: ModelSource, platform: Platform) -> list[Any]:
     """This rank's chunks of the reference model, at the policy's layout, without gradients or optimizer.
 
     Raises InputError when its folder doesn't fit the layout, or has another vocabulary than the policy.
     """
     from mcore_swift.models.build import build_chunks, check_layout, tensor_rules
-    from mcore_swift.training import setup
     from mcore_swift.training.run import model_source
 
     path = recipe.objective.reference_path or recipe.model.path

@@ -108,19 +108,22 @@ def layer_sampling(recipe: Recipe, chunks: list[DecoderModel], optimizer: Megatr
     )
 
 
+def dtype_name(recipe: Recipe, platform: Platform) -> str:
+    return platform.default_dtype if recipe.precision.dtype == "auto" else recipe.precision.dtype
+
+
 def model_config(
     recipe: Recipe, source: ModelSource, plan: ParallelPlan, platform: Platform, *, overlap: bool
 ) -> DecoderConfig:
     """Megatron's config of the recipe's model, or of another one (`source`) at the same layout and precision."""
     import torch
 
-    name = platform.default_dtype if recipe.precision.dtype == "auto" else recipe.precision.dtype
     extra = {
         **levers.config_fields(recipe, overlap=overlap),
         **expert_fields(recipe.moe, source.family.read_config(source.config), device=platform.name),
         "variable_seq_lengths": plan.pp > 1 and not recipe.data.fixed_length,
     }
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype_name(recipe, platform)]
     return transformer_config(source, plan, platform, dtype=dtype, extra=extra)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mcore_swift import parallel, stop
-from mcore_swift.data.loader import LoaderShape, build_loaders
+from mcore_swift.data.loader import LoaderShape, Wanted, build_loaders
 from mcore_swift.data.tokenizer import load_tokenizer
 from mcore_swift.errors import InputError, StopRequested
 from mcore_swift.flops import peak_flops, training_flops
@@ -24,6 +24,7 @@ from mcore_swift.parallel import ParallelPlan
 from mcore_swift.platform import Platform
 from mcore_swift.recipe import Recipe
 from mcore_swift.recipe_checks.job import Batches
+from mcore_swift.recipe_checks.objective import reference_of
 from mcore_swift.recipe_io import dump_recipe
 from mcore_swift.training import adapters, heartbeat, reference, setup
 from mcore_swift.training.callbacks import Callback, RunEnd, RunInfo, StepRecord, build_callbacks
@@ -71,12 +72,14 @@ class Trainer:
             parallel.on_first_rank(lambda: make_run_dir(Path(recipe.checkpoint.dir or "")))
         if self.is_reporter:
             self.callbacks += build_callbacks(recipe, run_dir=self.run_dir)
+        self.objective = build_objective(recipe.objective)
         self.train_loader, self.eval_loader = self._loaders()
         self.total_steps = self._total_steps()
         check_schedule(recipe.schedule, total_steps=self.total_steps)
         self.model = setup.build(recipe, source, plan, platform)
-        self.objective = build_objective(recipe.objective)
         self.reference = reference.build(recipe, source, self.model.models, platform)
+        if reference_of(recipe) == "precomputed":
+            reference.keep(recipe, source, self.model.models, platform, [self.train_loader, self.eval_loader])
         self.checkpoints = self._checkpoints()
         self.step = 0
 
@@ -93,6 +96,7 @@ class Trainer:
             dp_size=place.dp_size,
             pad_multiple=self.plan.length_multiple,
         )
+        wanted = Wanted(recipe.objective.name, unit=self.objective.unit, probes=self.objective.divergence)
         return build_loaders(
             recipe.data,
             shape=shape,
@@ -100,6 +104,7 @@ class Trainer:
             seed=recipe.runtime.seed,
             vocab_size=self.source.vocab_size,
             adapters=list(recipe.adapter.several),
+            wanted=wanted,
         )
 
     def _total_steps(self) -> int:
@@ -204,7 +209,8 @@ class Trainer:
             )
         self.step += 1
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
-            rows = f" Rows of the data: {', '.join(map(str, result.bad_rows))}." if result.bad_rows else ""
+            name = getattr(getattr(self.train_loader, "samples", None), "row_name", str)
+            rows = f" Rows of the data: {', '.join(map(name, result.bad_rows[:8]))}." if result.bad_rows else ""
             raise RuntimeError(
                 f"step {self.step}: loss {result.loss}, gradient norm {result.grad_norm}: not finite.{rows}"
                 " The last checkpoint is from before this step; lower the learning rate or look at this step's data."

@@ -57,7 +57,9 @@ def assert_same(found: dict[str, Found], expected: dict[str, Found]) -> None:
             ours, theirs = getattr(found[case], of), getattr(one, of)
             assert ours.keys() == theirs.keys()
             for name, value in theirs.items():
-                assert ours[name] == pytest.approx(value, rel=1e-5, abs=1e-6), (case, name)
+                # Float32 leaves 1e-5 nats of a difference of log-probabilities of -50; a reward is β, 0.1, times that.
+                near = 1e-5 if name == "kl" else 1e-6
+                assert ours[name] == pytest.approx(value, rel=1e-5, abs=near), (case, name)
         assert_close(found[case].gradients, one.gradients)
 
 
@@ -69,10 +71,12 @@ def marked(layout: str, packing: bool) -> Any:
     return pytest.param(layout, packing, marks=marks, id=f"{layout}-{'packed' if packing else 'rows'}")
 
 
-@pytest.mark.parametrize(
-    ("layout", "packing"),
-    [marked(layout, packing) for layout in ("one rank", *LAYOUTS) for packing in (True, False)][1:],
-)
+FORMS = [(layout, packing) for layout in ("one rank", *LAYOUTS) for packing in (True, False)]
+# One rank's packs are what the others are compared with; the interleaved schedule takes no rows of differing lengths.
+LEFT_OUT = {("one rank", True), ("PP2xVPP2", False)}
+
+
+@pytest.mark.parametrize(("layout", "packing"), [marked(*form) for form in FORMS if form not in LEFT_OUT])
 def test_layout(models: Any, layout: str, packing: bool) -> None:
     policy = models("qwen3")
     reference = near(policy, policy.parent / "qwen3-reference")

@@ -25,7 +25,7 @@ from mcore_swift.recipe import (
 )
 from mcore_swift.recipe_checks import check_recipe
 from mcore_swift.recipe_checks.objective import COMPARES, LOSSES, OBJECTIVE, READS
-from mcore_swift.recipe_checks.table import explained
+from mcore_swift.recipe_checks.table import explained, refuse
 from tests.distributed.harness import in_fork
 
 LORA = AdapterSection(name="lora")
@@ -76,8 +76,7 @@ REFUSED: list[tuple[dict[str, Any], AdapterSection | None, str]] = [
         "adapter.name is reft, and there is no LoRA",
     ),
     ({"name": "dpo"}, AdapterSection(name="lora", path="sft/adapter"), "is trained already"),
-    ({"name": "kto"}, AdapterSection(name="lora", several={"a": NamedAdapter()}), "don't say which adapter"),
-    ({"name": "dpo", "reference_path": "base"}, LORA, "only objective.reference: model reads it"),
+    ({"name": "dpo", "reference_path": "base"}, LORA, "only objective.reference: model and precomputed read it"),
     ({"name": "dpo", "reference": "precomputed", "ld_alpha": 0.5}, None, "every label weighs 1"),
 ]
 
@@ -97,6 +96,12 @@ def test_refused(keys: dict[str, Any], adapter: AdapterSection | None, message: 
 def test_multi_token_prediction_belongs_to_sft() -> None:
     with pytest.raises(InputError, match="belongs to sft"):
         check_recipe(recipe(ObjectiveSection(name="orpo"), mtp_loss_scale=0.1))
+
+
+def test_several_adapters_belong_to_sft() -> None:
+    several = AdapterSection(name="lora", several={"math": NamedAdapter(), "code": NamedAdapter()})
+    with pytest.raises(InputError, match="don't say which adapter"):
+        refuse(OBJECTIVE, recipe(ObjectiveSection(name="kto"), several))
 
 
 def test_rows_explain_themselves() -> None:
