@@ -26,7 +26,7 @@ matrix: setup ## run that matrix too: every family at every layout (hours on two
 	$(RUN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist worksteal -m nightly
 
 check: setup ## run the quick tests, ruff and pyright: for working
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync=recurse lint quick
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=line lint quick
 
 quick: setup
 	$(RUN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist worksteal -m "not slow and not nightly"
