@@ -350,3 +350,11 @@ def test_settings_that_go_together(tmp_path: Path) -> None:
         ["--checkpoint.dir=d", "--checkpoint.resume=never", "--checkpoint.overwrite=true", "--checkpoint.interval=5"],
     ):
         check_recipe(load(tmp_path, SMALL, *options))
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "launch" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_the_recipes_of_this_repository_are_good(file: Path) -> None:
+    check_recipe(load_recipe(file, []))
