@@ -204,7 +204,7 @@ class CheckpointManager:
 
         def work() -> None:
             check_config(path, self.source)
-            theirs, ours = (yaml.safe_load(text) for text in (manifest["recipe"], self.recipe_text))
+            theirs, ours = (yaml.safe_load(text) or {} for text in (manifest.get("recipe", ""), self.recipe_text))
             check_adapter(path, theirs.get("adapter", {}), ours["adapter"])
             index = dist_index.read_index(path)
             model = dist_checkpoint.model_items(models)

@@ -221,7 +221,7 @@ def sharded(key: str, value: torch.Tensor) -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("variant", "prefix", "stacked", "local_norms"),
     [
-        ("qwen3", "model.", True, True),
+        nightly("qwen3", "model.", True, True),
         ("qwen3-moe", "", False, True),
         nightly("qwen3", "", False, True),
         nightly("qwen3", "model.", True, False),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import importlib
 import logging
 import os
@@ -184,6 +185,9 @@ def _child(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
+        # A process group that a test left in the parent has threads that are not here: its destructor would wait for
+        # them for ever, whenever the garbage collector comes by.
+        gc.freeze()
         # After a fork the first call rebuilds torch's thread pool: two autograd threads at once would crash in it.
         torch.set_num_threads(1)
         torch.manual_seed(number)  # ranks that agree must not owe it to a shared random state

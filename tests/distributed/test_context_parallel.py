@@ -39,7 +39,6 @@ QUICK = {
 }
 SLOW = {
     ("qwen3", "CP2xTP2", "packed"),
-    ("llama-rope-llama3", "CP4", "packed"),
     ("qwen2-tied", "CP2xPP2xVPP2", "packed"),
     ("qwen3-moe", "CP2xEP2", "packed"),
 }

@@ -69,7 +69,9 @@ def kill_agent() -> None:
     ("deed", "line"),
     [
         (crash, "attempt 1 died: rank 1 on local, CUDA error at step 12; restarting"),
-        (stop_self, "attempt 1 died: rank 1 on local, hang at step 12; restarting"),
+        pytest.param(
+            stop_self, "attempt 1 died: rank 1 on local, hang at step 12; restarting", marks=pytest.mark.nightly
+        ),
         pytest.param(kill_agent, "attempt 1 died: local, agent died at step", marks=pytest.mark.nightly),
     ],
     ids=["crash", "hang", "agent killed"],
@@ -93,6 +95,7 @@ def test_disturbed(
     assert_no_rank_lives(folder)
 
 
+@pytest.mark.nightly
 def test_a_damaged_checkpoint_is_passed_over(
     recipe: Path,  # noqa: F811
     undisturbed: list[tuple[Any, ...]],
@@ -111,6 +114,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert numbers(folder) == undisturbed
 
 
+@pytest.mark.nightly
 def test_stopped_and_taken_up(
     recipe: Path,  # noqa: F811
     undisturbed: list[tuple[Any, ...]],
@@ -131,6 +135,7 @@ def test_stopped_and_taken_up(
     assert numbers(folder) == undisturbed
 
 
+@pytest.mark.nightly
 def test_killed_at_any_moment_of_a_save(
     recipe: Path,  # noqa: F811
     undisturbed: list[tuple[Any, ...]],

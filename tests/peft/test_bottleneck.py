@@ -121,8 +121,8 @@ def test_folder_written_and_read(models: Any, tmp_path: Path) -> None:
     assert not (tmp_path / "hf").exists()  # nothing could hold them
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("other", ["TP2 PP2", pytest.param("DP2", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("other", ["TP2 PP2", "DP2"])
 def test_resumed(models: Any, tmp_path: Path, other: str) -> None:
     adapter = AdapterSection(name="bottleneck", rank=RANK)
     saving, loading = (

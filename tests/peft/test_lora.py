@@ -175,12 +175,9 @@ SOME = ("q_proj", "v_proj", "up_proj", "down_proj")
 TARGETS = {"qwen2-tied": SOME, "qwen3": ALL, "llama-biases": ALL}
 QUICK = {("qwen3", "lora", "TP2+SP")}
 SLOW = {
-    ("qwen2-tied", "lora", "DP2"),
     ("qwen2-tied", "rslora", "PP2"),
     ("qwen3", "lora", "CP2"),
-    ("qwen3", "dora", "TP2"),
     ("qwen3", "dora", "TP2xPP2"),
-    ("llama-biases", "dora", "TP2+SP"),
 }
 
 

@@ -281,7 +281,7 @@ def test_layouts_agree(dense: Path, layout: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "recompute", [pytest.param("full", marks=pytest.mark.slow), pytest.param("selective", marks=pytest.mark.nightly)]
+    "recompute", [pytest.param("full", marks=pytest.mark.nightly), pytest.param("selective", marks=pytest.mark.nightly)]
 )
 def test_recomputation_changes_nothing(dense: Path, recompute: Any) -> None:
     folder = peft_folder(dense, dense.parent / "lora", "lora", ALL)

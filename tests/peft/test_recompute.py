@@ -30,7 +30,7 @@ def trained(model: Any, layout: str, runtime: RuntimeSection, dropout: float) ->
 @pytest.mark.parametrize(
     ("layout", "kind"),
     [
-        pytest.param("TP2+SP", "full", marks=pytest.mark.slow),
+        pytest.param("TP2+SP", "full", marks=pytest.mark.nightly),
         pytest.param("one rank", "selective", marks=pytest.mark.slow),
         pytest.param("TP2+SP", "selective", marks=pytest.mark.nightly),
         pytest.param("PP2", "full", marks=pytest.mark.nightly),

@@ -39,7 +39,7 @@ def folder_with_equal_a(model: Path, method: str) -> Path:
 @pytest.mark.parametrize(
     ("method", "layout"),
     [
-        pytest.param("lora", "TP2+SP", marks=pytest.mark.slow),
+        pytest.param("lora", "TP2+SP", marks=pytest.mark.nightly),
         pytest.param("lora", "one rank", marks=pytest.mark.nightly),
         pytest.param("dora", "TP2xPP2", marks=pytest.mark.nightly),
     ],

@@ -49,6 +49,7 @@ def test_dry_run_asks_slurm_for_a_thousand_nodes(cluster: Cluster, tmp_path: Pat
     assert not Path("never").exists()
 
 
+@pytest.mark.nightly
 def test_dry_run_says_why_slurm_refuses(cluster: Cluster, place: Path) -> None:
     words = ["recipe.yaml", "--nodes", "2", "--gpus-per-node", "1", "--time", "5-0", "--run", "never"]
     with pytest.raises(ClusterError, match=r"(?s)exit code 1.*slurm .*time limit"):
@@ -104,6 +105,7 @@ def _text(path: Path) -> str:
         return ""
 
 
+@pytest.mark.nightly
 def test_a_power_cut_is_real(cluster: Cluster) -> None:
     if cluster.plain:
         pytest.skip("plain mode: nodes share this machine's processes and network")

@@ -47,7 +47,7 @@ SAME = [
     slow("TP2 PP2", "fp32", OptimizerSection()),
     nightly("PP2 VPP2", "fp32", OptimizerSection(distributed=False)),
     nightly("DP2 PP2", "bf16", OptimizerSection()),
-    slow("TP2", "bf16", OptimizerSection(distributed=False)),
+    nightly("TP2", "bf16", OptimizerSection(distributed=False)),
     nightly("DP2", "fp32", OptimizerSection(name="sgd", distributed=False)),
     nightly("CP2", "bf16", OptimizerSection()),
 ]
@@ -76,7 +76,7 @@ OTHER = [
     ("DP1", False, "DP2", True),
     slow("DP2 PP2", True, "TP2", False),
     nightly("DP2", True, "PP2 VPP2", True),
-    slow("DP4", True, "TP2 DP2", True),
+    nightly("DP4", True, "TP2 DP2", True),
     nightly("CP2", True, "DP1", True),
     slow("TP2", True, "CP2 DP2", True),
 ]
@@ -100,7 +100,7 @@ def test_another_layout_has_the_same_numbers(
     ("method", "other"),
     [
         nightly({}, "TP2 PP2"),
-        slow({}, "DP1"),
+        nightly({}, "DP1"),
         nightly({"init": "pissa"}, "DP1"),
         slow({"init": "pissa"}, "TP2 PP2"),
         nightly({"dora": True}, "TP2 PP2"),
@@ -108,7 +108,7 @@ def test_another_layout_has_the_same_numbers(
         slow({"modules_to_save": ["norm", "input_layernorm", "o_proj"], "targets": ["q_proj"]}, "TP2 PP2"),
         nightly({"modules_to_save": ["norm", "input_layernorm", "o_proj"], "targets": ["q_proj"]}, "DP1"),
         nightly({"share_a": True, "dora": True}, "DP1"),
-        slow({"several": {"a": NamedAdapter(rank=2), "b": NamedAdapter(dora=True, targets=["mlp"])}}, "DP1"),
+        nightly({"several": {"a": NamedAdapter(rank=2), "b": NamedAdapter(dora=True, targets=["mlp"])}}, "DP1"),
     ],
 )
 def test_adapters_alone_are_saved_and_go_on(

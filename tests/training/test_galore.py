@@ -159,8 +159,8 @@ def test_experts_at_every_layout(models: Any, place: ParallelSection) -> None:
     assert_close(found[1], one[1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("other", ["TP2 PP2", pytest.param("DP2", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("other", ["TP2 PP2", "DP2"])
 def test_resumed(models: Any, tmp_path: Path, other: str) -> None:
     """Saved between two renewals: the basis is needed. Bit for bit at the same layout; the same states at another."""
     saving, loading = (

@@ -341,7 +341,7 @@ def full(method: Any, layers: int) -> RuntimeSection:
 RECOMPUTE: list[Any] = [
     pytest.param("qwen3", "one rank", selective("layernorm"), marks=pytest.mark.nightly),
     pytest.param("qwen3", "one rank", full("block", 2)),
-    pytest.param("qwen3", "TP2+SP", selective("layernorm", "core_attn", "mlp"), marks=pytest.mark.slow),
+    pytest.param("qwen3", "TP2+SP", selective("layernorm", "core_attn", "mlp"), marks=pytest.mark.nightly),
     pytest.param("qwen3", "PP2xVPP2", selective("layernorm"), marks=pytest.mark.nightly),
     pytest.param("qwen3", "one rank", full("uniform", 3), marks=pytest.mark.nightly),
     pytest.param("qwen3", "PP2xVPP2", full("block", 1), marks=pytest.mark.nightly),

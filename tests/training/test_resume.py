@@ -188,7 +188,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", [pytest.param(m, marks=() if m == "lisa" else pytest.mark.nightly) for m in METHODS])
+@pytest.mark.parametrize("method", [pytest.param(method, marks=pytest.mark.nightly) for method in METHODS])
 def test_other_methods_killed_and_resumed(recipe: Path, tmp_path: Path, method: str) -> None:
     words, end = METHODS[method]
     options = [*f"--parallel.tp 2 --schedule.steps 8 --checkpoint.export true {words}".split()]
