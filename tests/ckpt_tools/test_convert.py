@@ -53,7 +53,10 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+QUICK = {"llama", "qwen2-tied", "qwen3-moe"}
+
+
+@pytest.mark.parametrize("variant", [pytest.param(v, marks=[pytest.mark.slow] * (v not in QUICK)) for v in VARIANTS])
 def test_round_trip(tmp_path: Path, variant: str) -> None:
     folder = tiny_folder(tmp_path / "hf", variant)
     expected = tensors(folder)

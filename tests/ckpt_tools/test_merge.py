@@ -74,6 +74,7 @@ def plain(bases: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
     return folder, train_adapter(bases("llama"), folder, target_modules=LINEAR)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_equals_what_peft_merges(bases: Callable[[str], Path], tmp_path: Path, case: str) -> None:
     variant, changes = CASES[case]

@@ -32,12 +32,10 @@ LAYOUTS = {
     "CP2xEP2xDP2": ParallelSection(cp=2, ep=2, dp=2),
 }
 EXPERTS = {"CP2xEP2", "CP2xEP2xDP2"}
-QUICK = {
-    ("mistral-window", "CP2", "packed"),
-    ("llama-rope-llama3", "CP2", "rows"),
-    ("qwen2-tied", "CP2xPP2", "packed"),
-}
+QUICK = {("llama-rope-llama3", "CP2", "rows")}
 SLOW = {
+    ("mistral-window", "CP2", "packed"),
+    ("qwen2-tied", "CP2xPP2", "packed"),
     ("qwen3", "CP2xTP2", "packed"),
     ("qwen2-tied", "CP2xPP2xVPP2", "packed"),
     ("qwen3-moe", "CP2xEP2", "packed"),

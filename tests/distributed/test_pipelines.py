@@ -43,8 +43,9 @@ LAYOUTS = {
     "EP2xPP3": ParallelSection(ep=2, pp=3, dp=2),
 }
 VARIANTS = ("qwen2-tied", "qwen2-window", "qwen3-moe")
-QUICK = {("qwen2-tied", "PP3")}
+QUICK: set[tuple[str, str]] = set()
 SLOW = {
+    ("qwen2-tied", "PP3"),
     ("qwen2-tied", "PP4"),
     ("qwen2-tied", "E|t*3|ttL"),
     ("qwen2-window", "Ett|t|t|tL"),

@@ -204,6 +204,7 @@ def test_cdpo() -> None:
     assert loss_of(section) == pytest.approx(float(expected), rel=1e-6)
 
 
+@pytest.mark.slow
 @in_fork
 def test_dft() -> None:
     """Wu et al. 2025, equation 9: −Σ sg(p) log p, whose gradient at a label is −p."""

@@ -61,7 +61,9 @@ def vocab_size(variant: str) -> int:
     return expected_rows(variant)[0].size(-1)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(v, marks=[pytest.mark.slow] * (v not in REPRESENTATIVES)) for v in VARIANTS]
+)
 def test_logits(models: Any, variant: str) -> None:
     assert_logits(logits(recipe_for(models(variant)), rows(vocab_size(variant))), expected_rows(variant))
 
@@ -82,6 +84,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("variant", REPRESENTATIVES)
 def test_logits_at_other_layouts(models: Any, variant: str, layout: str) -> None:
@@ -89,6 +92,7 @@ def test_logits_at_other_layouts(models: Any, variant: str, layout: str) -> None
     assert_logits(found, expected_rows(variant))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [ParallelSection(tp=3), ParallelSection(tp=3, pp=2)], ids=["TP3", "TP3xPP2"])
 def test_logits_at_tp3_with_three_key_value_heads(models: Any, layout: ParallelSection) -> None:
     found = logits(recipe_for(models("llama-9-heads"), layout), rows(vocab_size("llama-9-heads")))

@@ -69,7 +69,7 @@ def expected(model: Path, activation: str) -> Any:
 
 def case(variant: str, place: str, activation: str = "gelu", **runtime: Any) -> Any:
     kept = (variant, place) in {("llama-biases", "PP2"), ("qwen3", "TP2+SP")}
-    marks = () if (variant, place) == ("qwen3", "TP2+SP") else pytest.mark.slow if kept else pytest.mark.nightly
+    marks = pytest.mark.slow if kept or (variant, place) == ("qwen3", "TP2+SP") else pytest.mark.nightly
     return pytest.param(variant, place, activation, runtime, marks=marks, id=f"{variant}-{place}-{activation}")
 
 

@@ -41,6 +41,7 @@ def owners(checkpoints: Path) -> dict[str, str]:
     return {path.name: (path / "attempt").read_text() for path in checkpoints.glob("step-*")}
 
 
+@pytest.mark.slow
 def test_the_later_attempt_wins_every_race(tmp_path: Path) -> None:
     draw = random.Random(7)
     seen = 0

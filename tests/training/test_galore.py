@@ -129,7 +129,7 @@ LAYOUTS = {
     [
         pytest.param(
             place,
-            marks=() if place == "TP2+SP" else pytest.mark.slow if place == "DP2" else pytest.mark.nightly,
+            marks=pytest.mark.slow if place in ("TP2+SP", "DP2") else pytest.mark.nightly,
         )
         for place in LAYOUTS
     ],

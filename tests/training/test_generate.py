@@ -55,6 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_folder(tmp_path_factory.mktemp("generate") / "qwen3", "qwen3")
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_transformers_own(folder: Path) -> None:
     expected = transformers_tokens(folder)
     assert len(set(expected)) > 3  # not the same token again and again, or the cache would not matter

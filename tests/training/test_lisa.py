@@ -147,7 +147,7 @@ def check(folder: Path, place: ParallelSection, section: OptimizerSection, *, st
     [
         pytest.param(
             place,
-            marks=() if place == "PP2" else pytest.mark.slow if place == "DP2" else pytest.mark.nightly,
+            marks=pytest.mark.slow if place in ("PP2", "DP2") else pytest.mark.nightly,
         )
         for place in LAYOUTS
     ],

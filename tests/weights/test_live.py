@@ -99,11 +99,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 SLOW = {"TP2xPP2xDP2"}  # for every variant; the other layouts for some
-QUICK = {("qwen2-tied", "TP2xPP2"), ("qwen3", "TP2"), ("llama-rope-llama3", "PP2xVPP2"), ("mistral-window", "TP1")}
+QUICK = {("qwen2-tied", "TP2xPP2")}
+SOME = {("qwen3", "TP2"), ("llama-rope-llama3", "PP2xVPP2"), ("mistral-window", "TP1")}
 
 
 def case(variant: str, layout: str) -> Any:
-    marks = () if (variant, layout) in QUICK else slow if layout in SLOW else nightly
+    marks = () if (variant, layout) in QUICK else slow if layout in SLOW or (variant, layout) in SOME else nightly
     return pytest.param(variant, layout, marks=marks, id=f"{variant}-{layout}")
 
 
