@@ -25,7 +25,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 
@@ -76,6 +76,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     """
     prepared()
     torch.set_num_threads(1)  # another test may have raised it: a fork of a process with an OpenMP pool hangs in it
+    _forget_process_groups()
     sys.stdout.flush()
     sys.stderr.flush()
     port = _free_port()
@@ -93,6 +94,15 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
         others = [f"{story.splitlines()[0].split(':')[0]}: {story.splitlines()[-1]}" for story in stories[1:]]
         raise RankFailure("\n".join([stories[0].rstrip(), *others]))
     return [rank.result for rank in ranks]
+
+
+def _forget_process_groups() -> None:
+    """Lets go of the process groups of tests that ran in this process. Megatron's rotary embeddings remember their last
+    32 arguments, groups among them. A fork that drops one waits for ever: the group's threads are not there."""
+    from megatron.core.models.common.embeddings import rotary_pos_embedding, yarn_rotary_pos_embedding
+
+    for kind in (rotary_pos_embedding.RotaryEmbedding, yarn_rotary_pos_embedding.YarnRotaryEmbedding):
+        cast(Any, kind.forward).cache_clear()
 
 
 def in_fork[**P](test: Callable[P, None]) -> Callable[P, None]:
@@ -185,9 +195,7 @@ def _child(
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        # A process group that a test left in the parent has threads that are not here: its destructor would wait for
-        # them for ever, whenever the garbage collector comes by.
-        gc.freeze()
+        gc.freeze()  # nor may the collector end one: see `_forget_process_groups`
         # After a fork the first call rebuilds torch's thread pool: two autograd threads at once would crash in it.
         torch.set_num_threads(1)
         torch.manual_seed(number)  # ranks that agree must not owe it to a shared random state
