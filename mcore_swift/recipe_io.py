@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -196,33 +196,36 @@ def _resolve_paths(recipe: Recipe, folder: Path) -> Recipe:
         here = Path(path).expanduser()
         return str(folder / here if not _exists(here) and _exists(folder / here) else here) if path else path
 
-    def optional(path: str | None) -> str | None:
-        return None if path is None else found(path)
-
-    def home(path: str | None) -> str | None:
+    def home(path: str) -> str:
         return str(Path(path).expanduser()) if path else path
 
-    def sources(listed: list[SourceSection]) -> list[SourceSection]:
-        return [replace(source, path=found(source.path)) for source in listed]
+    return with_paths(recipe, read=found, written=home)
 
-    model, data, checkpoint = recipe.model, recipe.data, recipe.checkpoint
+
+def with_paths(recipe: Recipe, *, read: Callable[[str], str], written: Callable[[str], str]) -> Recipe:
+    """The recipe with each path in it replaced: by `read` what is read, by `written` what is (also) written to."""
+
+    def optional(path: str | None, change: Callable[[str], str] = read) -> str | None:
+        return None if path is None else change(path)
+
+    def sources(listed: list[SourceSection]) -> list[SourceSection]:
+        return [replace(source, path=read(source.path)) for source in listed]
+
+    model, adapter, data, checkpoint = recipe.model, recipe.adapter, recipe.data, recipe.checkpoint
+    several = {name: replace(one, path=optional(one.path)) for name, one in adapter.several.items()}
     return replace(
         recipe,
-        model=replace(model, path=found(model.path), tokenizer=optional(model.tokenizer)),
-        adapter=replace(
-            recipe.adapter,
-            path=optional(recipe.adapter.path),
-            several={name: replace(one, path=optional(one.path)) for name, one in recipe.adapter.several.items()},
-        ),
+        model=replace(model, path=read(model.path), tokenizer=optional(model.tokenizer)),
+        adapter=replace(adapter, path=optional(adapter.path), several=several),
         objective=replace(recipe.objective, reference_path=optional(recipe.objective.reference_path)),
         data=replace(
             data,
-            train=sources(data.train),
+            train=data.train if data.format == "synthetic" else sources(data.train),
             validation=sources(data.validation),
             chat_template=optional(data.chat_template),
-            cache_dir=home(data.cache_dir),
+            cache_dir=optional(data.cache_dir, written),
         ),
-        checkpoint=replace(checkpoint, dir=home(checkpoint.dir)),
+        checkpoint=replace(checkpoint, dir=optional(checkpoint.dir, written)),
     )
 
 

@@ -6,11 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from launch.agent.job import Job, RunFolder, read_json, write_json
 from mcore_swift.errors import InputError
-from mcore_swift.recipe import Recipe, SourceSection
+from mcore_swift.recipe import Recipe
 
 SETTINGS = "slurm.json"
 
@@ -63,33 +62,13 @@ def check_new(run: Path) -> None:
 
 def absolute(recipe: Recipe, run: Path) -> Recipe:
     """The recipe with every path written out, because the job runs in another folder; its results go to `run`."""
+    from mcore_swift.recipe_io import with_paths  # not on the batch host, which imports nothing heavy
 
-    def path(text: str | None) -> Any:
-        return None if text is None else str(Path(text).absolute())
+    def path(text: str) -> str:
+        return str(Path(text).absolute())
 
-    def sources(listed: Sequence[SourceSection]) -> list[SourceSection]:
-        return [replace(source, path=path(source.path)) for source in listed]
-
-    data = recipe.data
-    if data.format != "synthetic":
-        data = replace(data, train=sources(data.train))
-    return replace(
-        recipe,
-        model=replace(recipe.model, path=path(recipe.model.path), tokenizer=path(recipe.model.tokenizer)),
-        adapter=replace(
-            recipe.adapter,
-            path=path(recipe.adapter.path),
-            several={name: replace(one, path=path(one.path)) for name, one in recipe.adapter.several.items()},
-        ),
-        objective=replace(recipe.objective, reference_path=path(recipe.objective.reference_path)),
-        data=replace(
-            data,
-            validation=sources(data.validation),
-            chat_template=path(data.chat_template),
-            cache_dir=path(data.cache_dir),
-        ),
-        checkpoint=replace(recipe.checkpoint, dir=str(run)),
-    )
+    found = with_paths(recipe, read=path, written=path)
+    return replace(found, checkpoint=replace(found.checkpoint, dir=str(run)))
 
 
 def sweep(words: Sequence[str]) -> list[list[str]]:

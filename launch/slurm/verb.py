@@ -187,9 +187,8 @@ def _check_nodes(recipe: Recipe, options: Options, site: Site, *, nodes: int, gp
 
 
 def _held(outline: Outline) -> int:
-    """Most bytes that a rank holds throughout; of a frozen model its weights, adapters being small."""
-    frozen = outline.recipe.adapter.name != "none"
-    return max(stage.bytes.weights if frozen else stage.bytes.total for stage in outline.stages)
+    """Most bytes that a rank holds throughout."""
+    return max(stage.bytes.total for stage in outline.stages)
 
 
 def _fewest_nodes(recipe: Recipe, gpus: int) -> int:

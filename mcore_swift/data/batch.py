@@ -16,7 +16,7 @@ class Sequences:
     Pairs: answer 2i is the preferred one of pair i, answer 2i + 1 the other.
     desirable: bool [n], for answers that are judged one by one; None for pairs.
     probe: bool [n], answers to other rows' prompts, which only serve to estimate a divergence; None: there are none.
-    margin: float32 [n / 2], by how much the preferred answer is better; None: unknown.
+    margin: float32 [n / 2], by how much the preferred answer is better; None: unknown. No objective reads it yet.
     weight: float32 [n], an answer's weight in the loss; None: 1.
     row: int64 [n], the answer's row in its data set, to name it in messages (the loader's `row_name`).
     ref_logps: float32 [n], Σ log p of the answer's labels under the reference, computed beforehand; None: it wasn't.

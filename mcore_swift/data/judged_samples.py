@@ -184,13 +184,7 @@ def make_judged_samples(
         numbers, pieces = numbers[paired], pieces[paired]
     long = _too_long(pieces, sequence_length, shared=packing)
     if too_long == "error":
-        unit = "answer and its probe" if probes else "pair" if pieces.prompts.shape[1] == 2 else "answer"
-        reason = f"{unit} of {{}} tokens, more than data.sequence_length {sequence_length}" + (
-            " (with data.packing, what belongs together shares a sequence)" if packing else ""
-        )
-        bad = np.flatnonzero(long)
-        tokens = pieces.lengths.sum(1) if packing else pieces.lengths.max(1)
-        raise_problems([rows.problem(int(numbers[i]), reason.format(tokens[i])) for i in bad[:6]], len(bad))
+        _refuse_long(rows, numbers[long], pieces[long], sequence_length, packing=packing, probes=probes)
     if too_long == "drop":
         found["dropped"] = int(long.sum())
         numbers, pieces = numbers[~long], pieces[~long]
@@ -211,6 +205,18 @@ def make_judged_samples(
     )
     found |= {"documents": pieces.prompts.size, "tokens": int(pieces.lengths.sum()), "samples": len(offsets) - 1}
     return JudgedSet(rows, pieces, numbers, offsets, items, probes, JudgedCounts(**found))
+
+
+def _refuse_long(
+    rows: TokenizedRows, numbers: np.ndarray, pieces: Pieces, sequence_length: int, *, packing: bool, probes: bool
+) -> None:
+    """Raises InputError that names the rows of units that don't fit, if there are any."""
+    unit = "answer and its probe" if probes else "pair" if pieces.prompts.shape[1] == 2 else "answer"
+    hint = " (with data.packing, what belongs together shares a sequence)" if packing else ""
+    tokens = pieces.lengths.sum(1) if packing else pieces.lengths.max(1)
+    reasons = [f"{unit} of {count} tokens, more than data.sequence_length {sequence_length}{hint}" for count in tokens]
+    problems = [rows.problem(int(row), reason) for row, reason in zip(numbers[:6], reasons, strict=False)]
+    raise_problems(problems, len(numbers))
 
 
 def _pieces(rows: TokenizedRows, numbers: np.ndarray) -> Pieces:

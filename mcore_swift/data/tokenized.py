@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -119,7 +120,11 @@ class Encoder:
         if layout.format not in JUDGED_COLUMNS:
             return Reading([self.render(row, layout)])
         texts, judgement = render_judged(self.render, row, layout)
-        return Reading(texts[:1]) if layout.format == "chosen" else Reading(texts, judgement)
+        if layout.format != "chosen":
+            return Reading(texts, judgement)
+        if not math.isnan(judgement.weight) and judgement.weight != 1.0:
+            raise RowError(f"weight is {judgement.weight:g}, but sft weighs all rows alike; leave the column out")
+        return Reading(texts[:1])
 
     def encode(self, readings: list[Reading]) -> list[list[Encoded]]:
         """The tokens of each reading's texts."""

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from mcore_swift.data.wanted import Unit
 from mcore_swift.recipe import ObjectiveSection
 
 if TYPE_CHECKING:
@@ -68,9 +69,6 @@ class Scores:
     batch: MicroBatch
     answers: Answers | None = None
     totals: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-Unit = Literal["labels", "pairs", "answers"]
 
 
 @dataclass(frozen=True)

@@ -220,6 +220,14 @@ def test_columns_that_are_missing(jsonl: Callable[..., Path]):
         find_layout(["prompt", "chosen"], format="preference", file=Path("rows.jsonl"))
 
 
+def test_sft_takes_no_weights(tokenizer: Any):
+    row = PAIRS["trl-chat"] | {"weight": 2.0}
+    layout = find_layout(row, format="chosen", file=Path("rows.jsonl"))
+    with pytest.raises(RowError, match="weight is 2, but sft weighs all rows alike"):
+        Encoder(tokenizer).read(row, layout)
+    Encoder(tokenizer).read(row | {"weight": None}, layout)
+
+
 def test_only_chosen_answers(tokenizer: Any):
     """data.format: chosen gives plain rows, for sft."""
     row = PAIRS["trl-chat"]

@@ -40,7 +40,6 @@ SLOW = {
     ("gemma2", "TP2+SP", "packed"),
     ("gemma3", "PP2xVPP2", "packed"),
     ("gemma2", "TP2xPP2xDP2", "packed"),
-    ("gemma3", "CP2xTP2", "rows"),
 }
 
 

@@ -79,7 +79,7 @@ def adapter_rank(recipe: Recipe) -> tuple[list[float], Tensors, Tensors]:
 
     model = open_model(recipe)
     batches = micro_batches(recipe, model.source.vocab_size, parallel.ranks())
-    set_learning_rate(model.optimizer, RATE, DECAY)
+    set_learning_rate(model.optimizer, recipe.schedule.learning_rate, recipe.optimizer.weight_decay)
     gradients: Tensors = {}
     take_step = model.optimizer.step
 
@@ -101,7 +101,7 @@ def adapter_rank(recipe: Recipe) -> tuple[list[float], Tensors, Tensors]:
 def adapter_run(
     model: Path, place: ParallelSection, adapter: AdapterSection, **fields: Any
 ) -> tuple[list[float], Tensors, Tensors]:
-    recipe = recipe_for(model, place, adapter=adapter, **fields)
+    recipe = recipe_for(model, place, adapter=adapter, learning_rate=RATE, **fields)
     ranks = run_ranks(adapter_rank, parallel.resolve(place, world_size=None).world_size, recipe)
     return ranks[0][0], merge([rank[1] for rank in ranks]), merge([rank[2] for rank in ranks])
 

@@ -16,7 +16,6 @@ from mcore_swift.recipe import AdapterSection, RuntimeSection
 from tests.distributed.harness import run_ranks
 from tests.distributed.rank_model import assert_close, recipe_for
 from tests.peft.method_run import LAYOUTS, Tensors, adapter_run, in_float64, write_rank
-from tests.training.checkpoint_run import assemble, layout, saved_and_loaded, with_checkpoints
 
 RANK = 6
 SETTINGS = {"method": "bottleneck", "base_model": "b", "targets": ["attention", "mlp"], "rank": RANK}
@@ -119,22 +118,6 @@ def test_folder_written_and_read(models: Any, tmp_path: Path) -> None:
     written = json.loads((tmp_path / "adapter" / "adapter.json").read_text())
     assert written == SETTINGS | {"activation": "silu", "base_model": str(model)}
     assert not (tmp_path / "hf").exists()  # nothing could hold them
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("other", ["TP2 PP2", "DP2"])
-def test_resumed(models: Any, tmp_path: Path, other: str) -> None:
-    adapter = AdapterSection(name="bottleneck", rank=RANK)
-    saving, loading = (
-        with_checkpoints(recipe_for(models("qwen3"), layout(place), adapter=adapter), tmp_path)
-        for place in ("TP2 PP2", other)
-    )
-    saved, loaded = saved_and_loaded(saving, loading)
-    before, after = assemble([rank[0] for rank in saved]), assemble([rank[0] for rank in loaded])
-    assert {key.split(".")[0] for key in before} == {"adapters", "optimizer"}  # not the frozen model
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    if other == "TP2 PP2":
-        assert [rank[2] for rank in loaded] == [rank[2] for rank in saved]
 
 
 @pytest.mark.parametrize(

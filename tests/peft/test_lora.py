@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,13 @@ from tests.distributed.rank_model import (
     CPU,
     STEPS,
     assert_close,
-    documents,
-    gather_gradient_shards,
     merge,
     micro_batches,
     open_model,
     recipe_for,
 )
+from tests.peft.method_run import adapter_rank
+from tests.peft.peft_run import LEARNING_RATE, loss_of, peft_steps
 
 LAYOUTS = {
     "one rank": ParallelSection(),
@@ -46,7 +45,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
 }
-LEARNING_RATE = 1e-4
 
 
 # --- PEFT -------------------------------------------------------------------------------------------------------------
@@ -76,7 +74,7 @@ def _make_peft_folder(model: Path, folder: Path, method: dict[str, Any], targets
     adapted.save_pretrained(folder)
 
 
-def _peft_run(
+def reference_run(
     model: Path, folder: Path, ratio: float
 ) -> tuple[float, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Loss and adapter gradients by PEFT in float64, each document alone; and the adapters after three AdamW steps.
@@ -88,83 +86,21 @@ def _peft_run(
 
     base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64, attn_implementation="eager")
     adapted: Any = PeftModel.from_pretrained(base, str(folder), is_trainable=True).double().eval()
-    trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
-    groups = [
-        {
-            "params": [parameter],
-            "weight_decay": 0.1 if parameter.dim() > 1 else 0.0,
-            "lr": LEARNING_RATE * (ratio if "lora_B" in name else 1.0),
-        }
-        for name, parameter in trained.items()
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
-    first: tuple[float, dict[str, torch.Tensor]] | None = None
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        loss = _loss(adapted, base.config.vocab_size)
-        loss.backward()
-        first = first or (float(loss), {_plain(name): p.grad.clone() for name, p in trained.items()})
-        torch.nn.utils.clip_grad_norm_(list(trained.values()), 0.1)
-        optimizer.step()
-    assert first is not None
-    return *first, {_plain(name): p.detach() for name, p in trained.items()}
-
-
-def _loss(model: Any, vocab_size: int) -> torch.Tensor:
-    texts = documents(vocab_size)
-    count = sum(int(loss[1:].sum()) for _, loss in texts)
-    total = torch.zeros((), dtype=torch.float64)
-    for tokens, loss in texts:
-        inputs = torch.from_numpy(tokens).long()
-        logps = model(inputs[None]).logits[0, :-1].log_softmax(-1)
-        total = total - (logps.gather(1, inputs[1:, None])[:, 0] * torch.from_numpy(loss[1:])).sum()
-    return total / count
-
-
-def _plain(name: str) -> str:
-    name = name.removeprefix("base_model.model.").replace(".default", "")
-    return name.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+    return peft_steps(adapted, base.config.vocab_size, ratio=ratio)
 
 
 @functools.cache
 def expected(model: Path, folder: Path, ratio: float = 1.0) -> Any:
-    return run_ranks(_peft_run, 1, model, folder, ratio)[0]
+    return run_ranks(reference_run, 1, model, folder, ratio)[0]
 
 
 # --- here -------------------------------------------------------------------------------------------------------------
 
 
-def lora_rank(recipe: Recipe) -> tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """On each rank: losses, adapter gradients of the first step, adapters after the last."""
-    from mcore_swift.peft.peft_folder import whole_tensors
-    from mcore_swift.training import step
-    from mcore_swift.training.optimizer import set_learning_rate
-
-    model = open_model(recipe)
-    batches = micro_batches(recipe, model.source.vocab_size, parallel.ranks())
-    set_learning_rate(model.optimizer, LEARNING_RATE, recipe.optimizer.weight_decay)
-    gradients: dict[str, torch.Tensor] = {}
-    take_step = model.optimizer.step
-
-    def look_and_step() -> Any:
-        if not gradients:
-            gather_gradient_shards(model.models)
-            found = whole_tensors(model.chunks, value=attrgetter("main_grad"))
-            gradients.update({name: tensor.clone() for name, tensor in found})
-        return take_step()
-
-    model.optimizer.step = look_and_step
-    losses = [
-        step.train_step(model.models, model.optimizer, batches, OBJECTIVES["sft"], CPU).loss for _ in range(STEPS)
-    ]
-    model.sync_parameters()
-    return losses, gradients, {name: tensor.clone() for name, tensor in whole_tensors(model.chunks)}
-
-
 def lora_run(model: Path, folder: Path, layout: ParallelSection, *, ratio: float = 1.0) -> Any:
     adapter = AdapterSection(name="lora", path=str(folder), learning_rate_ratio=ratio)
     wanted = recipe_for(model, layout, adapter=adapter, learning_rate=LEARNING_RATE)
-    ranks = run_ranks(lora_rank, parallel.resolve(layout, world_size=None).world_size, wanted)
+    ranks = run_ranks(adapter_rank, parallel.resolve(layout, world_size=None).world_size, wanted)
     return ranks[0][0], merge([rank[1] for rank in ranks]), merge([rank[2] for rank in ranks])
 
 
@@ -177,7 +113,6 @@ QUICK = {("qwen3", "lora", "TP2+SP")}
 SLOW = {
     ("qwen2-tied", "rslora", "PP2"),
     ("qwen3", "lora", "CP2"),
-    ("qwen3", "dora", "TP2xPP2"),
 }
 
 
@@ -296,7 +231,7 @@ def _defined(model: Path, folder: Path) -> tuple[float, dict[str, torch.Tensor]]
             halves = ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else ("down_proj",)
             stack = [torch.cat([delta(f"{place}.{e}.{half}") for half in halves]) for e in range(len(weight))]
             weights[name] = weight.detach() + torch.stack(stack)
-    loss = _loss(lambda tokens: functional_call(base, weights, (tokens,)), base.config.vocab_size)
+    loss = loss_of(lambda tokens: functional_call(base, weights, (tokens,)), base.config.vocab_size)
     loss.backward()
     return float(loss), {name: tensor.grad for name, tensor in adapters.items() if tensor.grad is not None}
 
@@ -396,7 +331,7 @@ def _peft_pissa(model: Path) -> list[float]:
     losses = []
     for _ in range(STEPS):
         optimizer.zero_grad()
-        loss = _loss(adapted, base.config.vocab_size)
+        loss = loss_of(adapted, base.config.vocab_size)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 0.1)
         optimizer.step()

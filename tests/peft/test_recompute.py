@@ -11,7 +11,8 @@ from mcore_swift import parallel
 from mcore_swift.recipe import AdapterSection, RuntimeSection
 from tests.distributed.harness import run_ranks
 from tests.distributed.rank_model import merge, recipe_for
-from tests.peft.test_lora import LAYOUTS, lora_rank
+from tests.peft.method_run import adapter_rank
+from tests.peft.test_lora import LAYOUTS
 
 PLAIN = RuntimeSection(device="cpu")
 AGAIN = {
@@ -23,7 +24,7 @@ AGAIN = {
 def trained(model: Any, layout: str, runtime: RuntimeSection, dropout: float) -> Any:
     adapter = AdapterSection(name="lora", rank=4, targets=["all-linear"], dropout=dropout)
     recipe = recipe_for(model, LAYOUTS[layout], adapter=adapter, runtime=runtime)
-    ranks = run_ranks(lora_rank, parallel.resolve(recipe.parallel, world_size=None).world_size, recipe)
+    ranks = run_ranks(adapter_rank, parallel.resolve(recipe.parallel, world_size=None).world_size, recipe)
     return ranks[0][0], merge([rank[1] for rank in ranks]), merge([rank[2] for rank in ranks])
 
 
@@ -31,7 +32,7 @@ def trained(model: Any, layout: str, runtime: RuntimeSection, dropout: float) ->
     ("layout", "kind"),
     [
         pytest.param("TP2+SP", "full", marks=pytest.mark.nightly),
-        pytest.param("one rank", "selective", marks=pytest.mark.slow),
+        pytest.param("one rank", "selective", marks=pytest.mark.nightly),
         pytest.param("TP2+SP", "selective", marks=pytest.mark.nightly),
         pytest.param("PP2", "full", marks=pytest.mark.nightly),
         pytest.param("TP2", "full", marks=pytest.mark.nightly),

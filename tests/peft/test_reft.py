@@ -16,7 +16,6 @@ from mcore_swift.recipe import AdapterSection
 from tests.distributed.harness import prepared, run_ranks
 from tests.distributed.rank_model import assert_close, recipe_for
 from tests.peft.method_run import LAYOUTS, Tensors, adapter_run, in_float64, write_rank
-from tests.training.checkpoint_run import assemble, layout, saved_and_loaded, with_checkpoints
 
 RANK, FIRST, LAST, LAYERS = 4, 3, 2, (0, 2, 3)
 SETTINGS = {"method": "reft", "base_model": "b", "layers": list(LAYERS), "rank": RANK, "first_tokens": FIRST}
@@ -180,19 +179,3 @@ def test_folder_written_and_read(models: Any, tmp_path: Path) -> None:
         assert_close({r: ours[r] * signs[:, None]}, {r: theirs[r]}, tolerance=1e-6)
         assert torch.equal(ours[w] * signs[:, None], theirs[w]) and torch.equal(ours[b] * signs, theirs[b])
     assert json.loads((tmp_path / "adapter" / "adapter.json").read_text()) == SETTINGS | {"base_model": str(model)}
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("other", ["TP2 PP2", pytest.param("DP2", marks=pytest.mark.nightly)])
-def test_resumed(models: Any, tmp_path: Path, other: str) -> None:
-    adapter = AdapterSection(name="reft", rank=RANK, layers=[1, 3])
-    saving, loading = (
-        with_checkpoints(recipe_for(models("qwen3"), layout(place), adapter=adapter), tmp_path)
-        for place in ("TP2 PP2", other)
-    )
-    saved, loaded = saved_and_loaded(saving, loading)
-    before, after = assemble([rank[0] for rank in saved]), assemble([rank[0] for rank in loaded])
-    assert {key.split(".")[0] for key in before} == {"adapters", "optimizer"}  # not the frozen model
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-    if other == "TP2 PP2":
-        assert [rank[2] for rank in loaded] == [rank[2] for rank in saved]

@@ -21,7 +21,8 @@ from mcore_swift.recipe import AdapterSection, Recipe
 from mcore_swift.training.adapters import _check_whole
 from tests.distributed.harness import run_ranks
 from tests.distributed.rank_model import assert_close, micro_batches, model_logits, open_model, recipe_for
-from tests.peft.test_lora import LAYOUTS, _loss, _peft_run, adapter_at, lora_run, write_rank
+from tests.peft.peft_run import loss_of
+from tests.peft.test_lora import LAYOUTS, adapter_at, lora_run, reference_run, write_rank
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]
 SAVED = ["embed_tokens", "lm_head", "model.norm", "layers.1.post_attention_layernorm", "layers.2.self_attn.q_norm"]
@@ -61,7 +62,7 @@ def _make_folder(model: Path, folder: Path) -> None:
 
 @functools.cache
 def expected(model: Path, folder: Path) -> Any:
-    loss, *tensors = run_ranks(_peft_run, 1, model, folder, 1.0)[0]
+    loss, *tensors = run_ranks(reference_run, 1, model, folder, 1.0)[0]
     return loss, *({name.replace("modules_to_save.", ""): t for name, t in own.items()} for own in tensors)
 
 
@@ -107,7 +108,7 @@ def _losses(model: Path, merged: Path, *folders: Path) -> list[float]:
 
     found = [opened(merged), *(PeftModel.from_pretrained(opened(model), str(folder)) for folder in folders)]
     with torch.no_grad():
-        return [float(_loss(one.eval(), 101)) for one in found]
+        return [float(loss_of(one.eval(), 101)) for one in found]
 
 
 def disabled_rank(recipe: Recipe) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:

@@ -28,7 +28,8 @@ from tests.distributed.rank_model import (
     open_model,
     recipe_for,
 )
-from tests.peft.test_lora import ALL, LAYOUTS, _plain, write_rank
+from tests.peft.peft_run import plain
+from tests.peft.test_lora import ALL, LAYOUTS, write_rank
 
 # They differ in everything that an adapter of its own may differ in.
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -81,7 +82,7 @@ def _alone(model: Path, places: dict[str, Path]) -> tuple[float, dict[str, torch
             value.backward()
             total += float(value)
         gradients |= {
-            f"{name} {_plain(key)}": p.grad.clone() for key, p in adapted.named_parameters() if p.grad is not None
+            f"{name} {plain(key)}": p.grad.clone() for key, p in adapted.named_parameters() if p.grad is not None
         }
     return total, gradients
 

@@ -15,7 +15,8 @@ from mcore_swift.errors import InputError
 from mcore_swift.recipe import AdapterSection, Recipe
 from tests.distributed.harness import run_ranks
 from tests.distributed.rank_model import assert_close, merge, open_model, recipe_for
-from tests.peft.test_lora import ALL, LAYOUTS, _logits, expected, lora_rank, peft_folder, pissa_rank
+from tests.peft.method_run import adapter_rank
+from tests.peft.test_lora import ALL, LAYOUTS, _logits, expected, peft_folder, pissa_rank
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 FILE = "adapter_model.safetensors"
@@ -55,7 +56,7 @@ def test_as_peft_with_equal_matrices(models: Any, method: str, layout: str) -> N
     recipe = recipe_for(
         model, LAYOUTS[layout], adapter=AdapterSection(name="lora", path=str(folder), share_a=True), learning_rate=1e-4
     )
-    ranks = run_ranks(lora_rank, parallel.resolve(recipe.parallel, world_size=None).world_size, recipe)
+    ranks = run_ranks(adapter_rank, parallel.resolve(recipe.parallel, world_size=None).world_size, recipe)
     assert ranks[0][0][0] == pytest.approx(loss, rel=1e-6)
     assert_close(merge([rank[1] for rank in ranks]), {name: sums[first_of(name)] for name in theirs})
 

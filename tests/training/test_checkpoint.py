@@ -96,26 +96,30 @@ def test_another_layout_has_the_same_numbers(
     np.testing.assert_allclose(loaded[0][2], saved[0][2], rtol=1e-5)
 
 
+BOTTLENECK, REFT = {"name": "bottleneck", "rank": 4}, {"name": "reft", "rank": 4, "layers": [1, 3]}
+
+
 @pytest.mark.parametrize(
     ("method", "other"),
     [
         nightly({}, "TP2 PP2"),
         nightly({}, "DP1"),
         nightly({"init": "pissa"}, "DP1"),
-        slow({"init": "pissa"}, "TP2 PP2"),
+        nightly({"init": "pissa"}, "TP2 PP2"),
         nightly({"dora": True}, "TP2 PP2"),
         nightly({"dora": True}, "DP1"),
         slow({"modules_to_save": ["norm", "input_layernorm", "o_proj"], "targets": ["q_proj"]}, "TP2 PP2"),
         nightly({"modules_to_save": ["norm", "input_layernorm", "o_proj"], "targets": ["q_proj"]}, "DP1"),
         nightly({"share_a": True, "dora": True}, "DP1"),
         nightly({"several": {"a": NamedAdapter(rank=2), "b": NamedAdapter(dora=True, targets=["mlp"])}}, "DP1"),
+        *(nightly(method, other) for method in (BOTTLENECK, REFT) for other in ("TP2 PP2", "DP2")),
     ],
 )
 def test_adapters_alone_are_saved_and_go_on(
     model_folder: Path, tmp_path: Path, method: dict[str, Any], other: str
 ) -> None:
-    fields: dict[str, Any] = {"rank": 4, "dropout": 0.1, "targets": ["all-linear"]}
-    adapter = AdapterSection(name="lora", **fields | method)
+    lora: dict[str, Any] = {"name": "lora", "rank": 4, "dropout": 0.1, "targets": ["all-linear"]}
+    adapter = AdapterSection(**(method if "name" in method else lora | method))
     saving, loading = (
         with_checkpoints(recipe_for(model_folder, layout(place), adapter=adapter), tmp_path)
         for place in ("TP2 PP2", other)

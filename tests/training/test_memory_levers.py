@@ -390,7 +390,7 @@ def test_recomputation_changes_nothing(models: Any, variant: str, layout: str, r
 # --- combined forward and backward passes -----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "layout",
     [

@@ -164,6 +164,7 @@ def test_killed_and_resumed(
     assert checkpoints(tmp_path) == checkpoints(left_alone)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("size", ["pp", "cp"])
 def test_resumed_at_another_layout(recipe: Path, left_alone: Path, tmp_path: Path, size: str) -> None:
     for name in ("checkpoints/step-00000010", "metrics.jsonl"):

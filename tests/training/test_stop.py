@@ -29,7 +29,7 @@ def stop_after_first_step(argv: list[str], metrics: Path, number: int) -> tuple[
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.nightly), signal.SIGUSR1])
 def test_stop_and_go_on(place: Path, number: signal.Signals) -> None:  # noqa: F811
     argv = ["train", str(place / "recipe.yaml"), "--schedule.steps", "60", "--checkpoint.interval", "0"]
     metrics = place / "run" / "metrics.jsonl"
