@@ -160,7 +160,7 @@ class AdapterSection(_Strict):
     share_a: bool = False  # one A for q, k and v, and one for gate and up: fewer parameters, less to compute
     modules_to_save: list[str] = field(default_factory=list)  # trained in full beside them: lm_head, norm, globs
     init: Literal["default", "pissa"] = "default"  # pissa: start with the weights' largest singular values
-    quantization: Literal["none", "nf4", "fp4"] = "none"  # QLoRA: the frozen weights in four bits (bitsandbytes)
+    quantization: Literal["none", "nf4", "fp4", "fp8"] = "none"  # frozen weights in 4 bits (QLoRA), or in FP8 only
     double_quantization: bool = True  # their scales in eight bits
     several: dict[str, NamedAdapter] = field(default_factory=dict)  # by name: {math: {rank: 8}, code: {path: DIR}, …}
     learning_rate_ratio: float = 1.0  # LoRA+: learning rate of the B matrices over that of the A matrices

@@ -1,4 +1,4 @@
-"""What a run of adapters holds on each pipeline stage's ranks: a frozen model, perhaps in four bits, and few trained
+"""What a run of adapters holds on each pipeline stage's ranks: a frozen model, perhaps quantized, and few trained
 parameters. By formula; the tests hold it against real modules.
 """
 
@@ -106,7 +106,8 @@ def adapted_bytes(
 ) -> list[RankBytes]:
     """What the ranks of each stage hold of LoRA's adapters and of the frozen model, whose parameters are `model`.
 
-    A frozen weight takes 2 bytes (4 in fp32), in four bits 0.5 and its share of a scale; no gradient, no state. Modules
+    A frozen weight takes 2 bytes (4 in fp32; in FP8 1, and 1 transposed), in four bits 0.5 and its share of a scale; no
+    gradient, no state. Modules
     that are saved whole are counted as trained beside the frozen ones: their first values are kept.
     """
     from mcore_swift.training.adapters import adapters_of, settings_of
@@ -116,7 +117,8 @@ def adapted_bytes(
         found = adapted_stages(source, plan, chunks, *settings_of(section, seed=0))
         stages = [Adapted(new.linear, old.trained + new.trained) for old, new in zip(stages, found, strict=True)]
     whole = 2 if uses_bf16(recipe) else 4
-    each = 0.5 + SCALE_BYTES[recipe.adapter.double_quantization] if recipe.adapter.quantization != "none" else whole
+    four_bits = 0.5 + SCALE_BYTES[recipe.adapter.double_quantization]
+    each = {"none": whole, "fp8": 2}.get(recipe.adapter.quantization, four_bits)
     sizes = []
     for parameters, adapted in zip(model, stages, strict=True):
         frozen = ceil((parameters.total - adapted.linear) * whole + adapted.linear * each)

@@ -288,8 +288,11 @@ CONTRADICTIONS = [
     ("--adapter.name lora --adapter.path a --adapter.rank 8", "adapter.path: a decides targets, rank, alpha"),
     ("--adapter.name lora --adapter.init pissa --adapter.dora true", "adapter.init: pissa changes the frozen weights"),
     ("--adapter.quantization nf4", "adapter.name: none trains the model itself"),
-    ("--adapter.name lora --adapter.double_quantization false", "no quantized weights whose scales it could be about"),
-    ("--adapter.name lora --adapter.quantization nf4 --adapter.init pissa", "which are in four bits already"),
+    (
+        "--adapter.name lora --adapter.double_quantization false",
+        "no weights in four bits whose scales it could be about",
+    ),
+    ("--adapter.name lora --adapter.quantization nf4 --adapter.init pissa", "which are quantized already"),
     ("--adapter.name lora --adapter.quantization nf4 --precision.fp8 delayed", "every layer in FP8, too"),
     ("--adapter.name lora --adapter.quantization fp4 --runtime.offload_layers 1", "keeps for the backward pass is not"),
     ("--adapter.name lora --adapter.init pissa --adapter.share_a true", "each module's A starts with its own"),

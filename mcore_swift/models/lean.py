@@ -38,14 +38,14 @@ def _lean(layer: type[nn.Module]) -> type[nn.Module]:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             for module in self.modules():
-                if isinstance(module, _linear_layers()):
+                if isinstance(module, linear_layers()):
                     module.weight.data = released(module.weight)  # type: ignore[arg-type]
 
     return LeanLayer
 
 
 @cache
-def _linear_layers() -> tuple[type, ...]:
+def linear_layers() -> tuple[type, ...]:
     """Megatron's parallel linear layers, Transformer Engine's too where it is installed."""
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 

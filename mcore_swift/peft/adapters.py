@@ -15,7 +15,7 @@ from torch import nn
 
 from mcore_swift import parallel
 from mcore_swift.errors import InputError
-from mcore_swift.peft import saved
+from mcore_swift.peft import frozen, saved
 from mcore_swift.peft.lora import LoraBranch, LoraSettings
 from mcore_swift.peft.peft_config import DEFAULT
 from mcore_swift.peft.sites import Part, Site, find_sites
@@ -71,11 +71,18 @@ class Adapters(nn.Module):
             beside = self._of_module.setdefault(id(branch.site.module), [])
             beside.append(branch)
             if len(beside) == 1:
+                if frozen.fits(branch):
+                    branch.site.module.forward = frozen.FrozenLinear(branch, single=partial(self._single, beside))
                 branch.site.module.register_forward_hook(partial(self._hook, beside))
+
+    def _single(self, branches: Sequence[LoraBranch]) -> bool:
+        return len(branches) == 1 and not self._positions and branches[0].adapter == self.active
 
     def _hook(
         self, branches: Sequence[LoraBranch], module: nn.Module, args: tuple[Any, ...], output: tuple[Any, Any]
     ) -> tuple[Any, Any]:
+        if isinstance(module.forward, frozen.FrozenLinear) and module.forward.took:
+            return output
         out, bias = output
         inputs = args[0]
         if isinstance(out, tuple):
@@ -178,6 +185,8 @@ def attach(
             chunk.adapters = Adapters()
             chunk.adapters.saved_rules, chunk.adapters.saved = in_full, saved.train(chunk, in_full)
             make_first_activation_differentiable(chunk)
+            if next(chunk.parameters()).is_cuda:
+                frozen.lighten_norms(chunk)
         chunk.adapters.add(adapter, branches)
     return names
 

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import mappings
 from torch import Tensor, nn
 
+from mcore_swift.peft.frozen import bias_of
 from mcore_swift.peft.peft_config import DEFAULT
 from mcore_swift.peft.sites import Part, Site
 
@@ -131,17 +132,17 @@ class LoraBranch(nn.Module):
         """
         if positions is not None and positions.size(0) != out.size(0):  # this rank's part (sequence parallelism)
             positions = positions.chunk(dist.get_world_size(self.group))[dist.get_rank(self.group)]
-        low = nn.functional.linear(self._dropped(inputs), self._all_a())
+        low = nn.functional.linear(self._dropped(inputs), self.all_a())
         if self.site.split != "none" and not self.site.expert:
             low = self._exchanged(low)
         if not self.settings.dora:
             if positions is not None:
                 low = low * positions
-            flat = torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self._all_b().t(), alpha=self.settings.scaling)
+            flat = torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self.all_b().t(), alpha=self.settings.scaling)
             return flat.view(out.shape)
         scale, own_bias = self._dora_scale(), self._own_bias()
         bare = out if own_bias is None else out - own_bias
-        added = nn.functional.linear(low, self._all_b()) * self.settings.scaling
+        added = nn.functional.linear(low, self.all_b()) * self.settings.scaling
         result = scale * (bare + added)
         result = result if own_bias is None else result + own_bias
         return result if positions is None else torch.where(positions, result, out)
@@ -171,7 +172,7 @@ class LoraBranch(nn.Module):
             return _SummedGradient.apply(parameter, self.group)  # type: ignore[return-value]
         return parameter
 
-    def _all_a(self) -> Tensor:
+    def all_a(self) -> Tensor:
         """[parts · rank, in / tp]; [rank, in / tp] if it is shared."""
         every = torch.cat(list(self.lora_A.values())) if len(self.lora_A) > 1 else self.lora_A[self.parts[0].leaf]
         return every if self.site.split == "columns" else self._shared(every)
@@ -179,7 +180,7 @@ class LoraBranch(nn.Module):
     def a_of(self, part: Part) -> nn.Parameter:
         return self.lora_A[self.parts[0].leaf if self.settings.share_a else part.leaf]
 
-    def _all_b(self) -> Tensor:
+    def all_b(self) -> Tensor:
         """[rows / tp, parts · rank]: each row has the B of its own module, in its module's columns, and 0 elsewhere.
 
         Where A is shared, [rows / tp, rank]: all have the same columns.
@@ -196,10 +197,20 @@ class LoraBranch(nn.Module):
                 place.copy_(self.lora_B[part.leaf].view(place.shape))
         return b if self.site.split == "rows" else self._shared(b)
 
+    def shares(self, a: Tensor, b: Tensor) -> list[Tensor]:
+        """The gradients of every A and every B, in the order that they are held, from those of `all_a` and `all_b`."""
+        rank = self.settings.rank
+        found = list(a.split(rank))
+        for number, part in enumerate(self.parts):
+            number = 0 if self.settings.share_a else number
+            rows = self.site.rows_of(part, b)[..., number * rank : (number + 1) * rank]
+            found.append(rows.reshape(part.local_rows, rank))
+        return found
+
     @torch.no_grad()
     def merged(self) -> Tensor:
         """The layer's weight with its adapters in it, float32: [rows / tp, in / tp]."""
-        weight = self.site.values().float() + self.settings.scaling * (self._all_b().float() @ self._all_a().float())
+        weight = self.site.values().float() + self.settings.scaling * (self.all_b().float() @ self.all_a().float())
         return weight * self._dora_scale().float()[:, None] if self.settings.dora else weight
 
     # --- DoRA ---------------------------------------------------------------------------------------------------------
@@ -207,7 +218,7 @@ class LoraBranch(nn.Module):
     @torch.no_grad()
     def _row_norms(self) -> Tensor:
         """Euclidean norms of the rows of W + scaling · B A: [rows / tp]."""
-        delta = self._all_b() @ self._all_a() * self.settings.scaling
+        delta = self.all_b() @ self.all_a() * self.settings.scaling
         squares = (self.site.values().float() + delta.float()).square().sum(1)
         if self.site.split == "columns":
             dist.all_reduce(squares, group=self.group)
@@ -227,8 +238,7 @@ class LoraBranch(nn.Module):
 
     def _own_bias(self) -> Tensor | None:
         """The bias that the layer has added itself: DoRA scales W x alone."""
-        bias: Any = getattr(self.site.module, "bias", None)
-        return None if bias is None or self.site.module.skip_bias_add or not bias.numel() else bias
+        return bias_of(self.site.module)[0]
 
     # --- the start ----------------------------------------------------------------------------------------------------
 

@@ -45,12 +45,16 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """`kind`: NF4, the quantiles of a normal distribution, or FP4, numbers of 1 sign, 2 exponent and 1 mantissa bit."""
+    """`kind`: NF4, the quantiles of a normal distribution, or FP4, numbers of 1 sign, 2 exponent and 1 mantissa bit; or
+    FP8 (`eight_bit`), whose layers take `gradients` in that type."""
 
-    kind: Literal["nf4", "fp4"]
+    kind: Literal["nf4", "fp4", "fp8"]
     double: bool = True
+    gradients: torch.dtype = torch.float8_e5m2
 
     def __str__(self) -> str:
+        if self.kind == "fp8":
+            return "fp8, twice (as it is and transposed)"
         return f"{self.kind}{', double quantization' if self.double else ''}"
 
 
@@ -264,13 +268,16 @@ class QuantizedBase:
         Those that were never kept (`models.lean`) are to be given to `fill`, in model order. Raises InputError, on all
         ranks, for a model that can't be held so.
         """
+        from mcore_swift.peft.eight_bit import EightBitWeight
+
+        kind = EightBitWeight if settings.kind == "fp8" else QuantizedWeight
         sites = [site for chunk in chunks for site in find_sites(chunk, rules)]
         parallel.raise_together(_problem(sites, rules))
         self.settings, self.device = settings, next(chunks[0].parameters()).device
         self.weights: dict[int, QuantizedWeight] = {}  # by id of the parameter
         for site in sites:
             groups = parallel.expert_weight_groups() if site.expert else parallel.weight_groups()
-            weight = self.weights[id(site.weight)] = QuantizedWeight(site, settings, groups)
+            weight = self.weights[id(site.weight)] = kind(site, settings, groups)
             if not is_released(site.weight):
                 weight.store(site.weight.data)
             weight.hang()

@@ -1,4 +1,4 @@
-"""Rules about a frozen base model in four bits, for this model on this platform: checked before a rank is started."""
+"""Rules about a quantized base model, for this model on this platform: checked before a rank is started."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ QUANTIZED_RULES: list[Row[QuantizedFit]] = [
     Row(
         "adapter.quantization",
         "nf4 or fp4, without the package bitsandbytes",
-        lambda r: not r.installed,
+        lambda r: r.recipe.adapter.quantization != "fp8" and not r.installed,
         "{r.recipe.adapter.quantization} needs the package bitsandbytes, which is not installed here",
         "install mcore-swift[qlora]",
     ),
     Row(
         "adapter.quantization",
-        "nf4 or fp4, for a model whose experts are packed in one tensor",
+        "nf4, fp4 or fp8, for a model whose experts are packed in one tensor",
         lambda r: r.packed,
         "{r.packed} holds all experts, and such experts are not quantized here yet",
         "leave it out for {r.family}",
     ),
     Row(
         "adapter.quantization",
-        f"nf4 or fp4, for a linear layer whose number of columns is no multiple of {BLOCK}",
+        f"nf4, fp4 or fp8, for a linear layer whose number of columns is no multiple of {BLOCK}",
         lambda r: r.narrow,
         f"{{r.narrow}}, which can't be cut into blocks of {BLOCK}",
         "leave it out for this model",
     ),
     Row(
         "moe.grouped adapter.quantization",
-        "true, its default on GPUs, with adapter.quantization: nf4 or fp4",
+        "true, its default on GPUs, with adapter.quantization: nf4, fp4 or fp8",
         lambda r: r.has_experts and not r.on_cpu and r.recipe.moe.grouped is not False,
         "grouped experts are not quantized here yet",
         "set moe.grouped: false",
@@ -67,7 +67,7 @@ QUANTIZED_RULES: list[Row[QuantizedFit]] = [
 
 
 def check_quantization(recipe: Recipe, source: ModelSource, *, on_cpu: bool) -> None:
-    """Raises InputError when the recipe wants the frozen model in four bits and this model can't be held so."""
+    """Raises InputError when the recipe wants the frozen model quantized and this model can't be held so."""
     if recipe.adapter.quantization == "none":
         return
     rules, shapes = weight_rules(source), global_shapes(source)

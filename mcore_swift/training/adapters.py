@@ -63,14 +63,19 @@ def block_settings(section: AdapterSection, *, seed: int) -> Any:
 def quantized_base(
     recipe: Recipe, chunks: Sequence[DecoderModel], rules: Mapping[str, TensorRule]
 ) -> QuantizedBase | None:
-    """What takes the weights of a lean model in four bits, if the recipe wants them so."""
+    """What takes the weights of a lean model in four or eight bits, if the recipe wants them so."""
     if recipe.adapter.quantization == "none":
         return None
+    import torch
+
     from mcore_swift.peft.quantized import Quantization, QuantizedBase
 
-    return QuantizedBase(
-        chunks, rules, Quantization(kind=recipe.adapter.quantization, double=recipe.adapter.double_quantization)
+    settings = Quantization(
+        kind=recipe.adapter.quantization,
+        double=recipe.adapter.double_quantization,
+        gradients={"hybrid": torch.float8_e5m2, "e4m3": torch.float8_e4m3fn}[recipe.precision.fp8_format],
     )
+    return QuantizedBase(chunks, rules, settings)
 
 
 def adapters_of(section: AdapterSection) -> dict[str, AdapterSection]:
@@ -120,7 +125,7 @@ def _check_whole(settings: LoraSettings, rules: Mapping[str, TensorRule]) -> Non
     held = modules_of({key: rule for key, rule in chosen.items() if is_linear(rule)})
     if held:
         raise InputError(
-            f"adapter.modules_to_save: {held[0]}: its weight is held in four bits (adapter.quantization) and can't be"
+            f"adapter.modules_to_save: {held[0]}: its weight is not held in full (adapter.quantization) and can't be"
             " trained; give it an adapter instead (adapter.targets)"
         )
 
@@ -129,7 +134,7 @@ def write(recipe: Recipe, model: TrainingModel, run_dir: Path) -> None:
     """Writes DIR/adapter, PEFT's where it has a format (several adapters: a folder of each in it), and, if asked,
     DIR/hf, the model with its adapter merged.
 
-    Merged in float32; weights in four bits are merged, and written, as what these stand for.
+    Merged in float32; quantized weights are merged, and written, as what they stand for.
     """
     from mcore_swift.peft import own_folder, peft_folder, quantized
     from mcore_swift.weights.hf_folder import export

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import signal
 import sys
@@ -135,6 +136,8 @@ class Trainer:
         self._resume()
         outcome = "failed"
         self._tell("on_start", self._info())
+        gc.collect()
+        gc.freeze()  # or every full collection goes through all that was imported and built
         try:
             self._loop()
             outcome = "finished"

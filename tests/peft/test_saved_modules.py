@@ -163,5 +163,5 @@ def test_what_is_held_in_four_bits_is_not_trained(models: Any) -> None:
 
     settings = LoraSettings(rank=4, alpha=8, modules_to_save=("norm", "lm_head"))
     _check_whole(settings, rules)
-    with pytest.raises(InputError, match=r"layers\.0\.self_attn\.o_proj: its weight is held in four bits"):
+    with pytest.raises(InputError, match=r"layers\.0\.self_attn\.o_proj: its weight is not held in full"):
         _check_whole(replace(settings, modules_to_save=("norm", "o_proj")), rules)

@@ -1,0 +1,187 @@
+"""A frozen layer and its LoRA in one step of autograd: the same values and gradients as by autograd, in float64.
+
+Layers of Megatron's own are compared with PEFT at one rank by the other tests here. Transformer Engine's layers, which
+have a norm inside, and FP8 are not to be had on the CPU: layers with the same attributes stand in for them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mcore_swift.peft import eight_bit, frozen
+from mcore_swift.peft.eight_bit import EightBitWeight, in_eight_bits
+from mcore_swift.peft.frozen import FrozenLinear
+from mcore_swift.peft.lora import LoraBranch, LoraSettings
+from mcore_swift.peft.quantized import Quantization
+from mcore_swift.peft.sites import Part, Site
+
+ROWS, COLUMNS, GROUPS = 48, 32, 2
+SETTINGS = LoraSettings(rank=4, alpha=6)
+
+
+class NormedLinear(nn.Module):
+    """What Transformer Engine's LayerNormLinear is to Megatron, in plain torch."""
+
+    te_return_bias = False
+
+    def __init__(self, *, norm: bool, bias: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(ROWS, COLUMNS), requires_grad=False)
+        self.layer_norm_weight = nn.Parameter(torch.rand(COLUMNS) + 0.5, requires_grad=False) if norm else None
+        self.use_bias = bias != "none"
+        self.bias = nn.Parameter(torch.randn(ROWS if self.use_bias else 0), requires_grad=False)
+        self.te_return_bias = bias == "handed"
+        self.eps, self.normalization, self.zero_centered_gamma = 1e-5, "RMSNorm", False
+        self.config = SimpleNamespace(fp8=None)
+        self.return_layernorm_output = False
+
+    def forward(self, inputs: Tensor) -> Any:
+        normed = inputs
+        if self.layer_norm_weight is not None:
+            normed = nn.functional.rms_norm(inputs, (COLUMNS,), self.layer_norm_weight, self.eps)
+        bias = self.bias if self.use_bias and not self.te_return_bias else None
+        out = nn.functional.linear(normed, self.weight, bias)
+        return (out, normed) if self.return_layernorm_output else out, self.bias if self.te_return_bias else None
+
+
+def branch_on(module: NormedLinear, settings: LoraSettings, adapted: tuple[str, ...]) -> LoraBranch:
+    """Rows in two groups of 12 of q, 6 of k and 6 of v."""
+    parts = tuple(Part(f"layer.{name}", rows, rows) for name, rows in (("q", 24), ("k", 12), ("v", 12)))
+    site = Site(module, module.weight, parts, GROUPS, "none", 1, 0, expert=False)
+    chosen = [part for part in parts if part.leaf in adapted]
+    branch = LoraBranch(site, chosen, settings, group=None, sequence_parallel=False)
+    for number, parameter in enumerate(branch.lora_B.values()):
+        parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    return branch
+
+
+@pytest.fixture(autouse=True)
+def double(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(frozen, "linear_layers", lambda: (NormedLinear,))
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def by_autograd(branch: LoraBranch, module: NormedLinear, inputs: Tensor) -> Tensor:
+    out, normed = module(inputs)[0]
+    return branch.adapted(normed, out)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("bias", ["none", "added", "handed"])
+@pytest.mark.parametrize(("adapted", "share"), [(("q", "k", "v"), False), (("q", "v"), False), (("q", "k", "v"), True)])
+def test_one_step_of_autograd_is_the_many(norm: bool, bias: str, adapted: tuple[str, ...], share: bool) -> None:
+    module = NormedLinear(norm=norm, bias=bias)
+    branch = branch_on(module, replace(SETTINGS, share_a=share), adapted)
+    module.return_layernorm_output = True
+    assert frozen.fits(branch)
+    inputs = torch.randn(5, 3, COLUMNS, requires_grad=True)
+    weights = torch.randn(5, 3, ROWS)
+    wanted = [inputs, *branch.parameters()]
+    expected = by_autograd(branch, module, inputs)
+    expected_grads = torch.autograd.grad((expected * weights).sum(), wanted)
+
+    fused = FrozenLinear(branch, single=lambda: True)
+    found, handed = fused(inputs)
+    assert fused.took
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert (handed is module.bias) == (bias == "handed")
+    grads = torch.autograd.grad((found * weights).sum(), wanted)
+    for grad, other in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, other, rtol=1e-11, atol=1e-11)
+
+
+def test_it_steps_aside() -> None:
+    module = NormedLinear(norm=True, bias="none")
+    branch = branch_on(module, SETTINGS, ("q",))
+    inputs = torch.randn(5, 3, COLUMNS)
+    fused = FrozenLinear(branch, single=lambda: False)
+    fused(inputs)
+    assert not fused.took
+    fused = FrozenLinear(branch, single=lambda: True)
+    module.layer_norm_weight.requires_grad_(True)  # type: ignore[union-attr]
+    fused(inputs)
+    assert not fused.took
+
+
+def test_switched_off_it_is_the_layer_bit_for_bit() -> None:
+    module = NormedLinear(norm=False, bias="added")
+    branch = branch_on(module, SETTINGS, ("q", "k"))
+    inputs = torch.randn(5, 3, COLUMNS)
+    branch.enable(False)
+    out, _ = FrozenLinear(branch, single=lambda: True)(inputs)
+    assert torch.equal(out, inputs @ module.weight.t() + module.bias)
+
+
+@pytest.mark.parametrize(
+    ("changes", "settings"),
+    [
+        ({}, replace(SETTINGS, dora=True)),
+        ({}, replace(SETTINGS, dropout=0.1)),
+        ({"normalization": "LayerNorm"}, SETTINGS),
+        ({"zero_centered_gamma": True}, SETTINGS),
+        ({"config": SimpleNamespace(fp8="hybrid")}, SETTINGS),
+    ],
+)
+def test_what_it_does_not_fit(changes: dict[str, Any], settings: LoraSettings) -> None:
+    module = NormedLinear(norm=True, bias="none")
+    vars(module).update(changes)
+    assert not frozen.fits(branch_on(module, settings, ("q",)))
+
+
+# --- FP8 --------------------------------------------------------------------------------------------------------------
+
+
+def held_in_eight_bits(module: NormedLinear, branch: LoraBranch, monkeypatch: pytest.MonkeyPatch) -> EightBitWeight:
+    monkeypatch.setattr(eight_bit.QuantizedWeight, "__init__", lambda *_: None)  # no process groups here
+    held = EightBitWeight(branch.site, Quantization(kind="fp8"), (None, None))
+    held.site, held.settings = branch.site, Quantization(kind="fp8")
+    held.shape, held.dtype, held._last = tuple(module.weight.shape), module.weight.dtype, None
+    held.store(module.weight.data)
+    held.hang()
+    return held
+
+
+def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as FP8 with one scale has it, in float64."""
+    scale = torch.finfo(dtype).max / values.abs().max()
+    return (values * scale).float().to(dtype).double() / scale
+
+
+def test_fp8_products_are_those_of_the_rounded_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_default_dtype(torch.float32)
+    module = NormedLinear(norm=False, bias="none")
+    weight = module.weight.data.clone()
+    branch = branch_on(module, SETTINGS, ("q", "k", "v"))
+    module.config.fp8 = "hybrid"
+    held = held_in_eight_bits(module, branch, monkeypatch)
+    assert frozen.fits(branch)
+    inputs = torch.randn(16, COLUMNS, requires_grad=True)
+    slope = torch.randn(16, ROWS)
+    out, _ = FrozenLinear(branch, single=lambda: True)(inputs)
+    (grad,) = torch.autograd.grad(out, inputs, slope)
+
+    eight = rounded(weight.double(), torch.float8_e4m3fn)
+    delta = SETTINGS.scaling * (branch.all_b() @ branch.all_a()).double()
+    exact = rounded(inputs.detach().double(), torch.float8_e4m3fn) @ eight.t() + inputs.double() @ delta.t()
+    exact_grad = rounded(slope.double(), torch.float8_e5m2) @ eight + slope.double() @ delta
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(grad.double(), exact_grad, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(held.whole().double(), eight, rtol=1e-6, atol=0)
+    assert module.weight.data.untyped_storage().nbytes() == module.weight.element_size()  # let go
+    assert held.nbytes == 2 * weight.numel() + 4
+    error = (held.off / held.size) ** 0.5
+    assert error == pytest.approx(((eight - weight.double()).norm() / weight.double().norm()).item(), rel=1e-4)
+
+
+def test_zeros_in_eight_bits() -> None:
+    codes, scale = in_eight_bits(torch.zeros(3, 4), torch.float8_e4m3fn)
+    assert not codes.float().any() and scale.item() == 1
