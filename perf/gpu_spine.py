@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -28,18 +29,33 @@ LAYOUTS = {"TP2": ["--parallel.tp", "2"], "PP2": ["--parallel.pp", "2"], "DP2": 
 ONE_GPU = ["--runtime.ranks", "1"]
 
 
-def train(recipe: Path, run: Path, *overrides: str) -> list[dict[str, Any]]:
+def train(recipe: Path, run: Path, *overrides: str, limit: float | None = None) -> list[dict[str, Any]]:
     """Runs `mcore-swift train`; returns its steps' metrics, [] when it failed (its output is then in RUN.log)."""
     words = [sys.executable, "-m", "mcore_swift.cli", "train", str(recipe), "--checkpoint.dir", str(run), *overrides]
-    begin = time.time()
-    log = run.with_suffix(".log")
-    with log.open("w") as output:
-        code = subprocess.run(words, stdout=output, stderr=subprocess.STDOUT).returncode
-    tail = "\n".join(log.read_text().splitlines()[-25 if code else -1 :])
-    print(f"[{time.time() - begin:5.0f} s] {run.name}: exit code {code}\n{tail}", flush=True)
+    code = execute(words, run.with_suffix(".log"), limit=limit)
     metrics = run / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() and not code else []
     return [row for row in rows if "loss" in row]
+
+
+def execute(words: Sequence[str], log: Path, *, limit: float | None = None) -> int:
+    """Runs a program, its output into `log`, of which the end is shown; returns its exit code, 124 after `limit` s."""
+    begin = time.time()
+    with log.open("w") as output:  # a group of its own: the program and all that it starts end together
+        program = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, process_group=0)
+        try:
+            code = program.wait(limit)
+        except subprocess.TimeoutExpired:
+            code = 124
+        finally:
+            if program.poll() is None:
+                os.killpg(program.pid, signal.SIGKILL)
+                program.wait()
+        if code == 124:
+            output.write(f"\nstopped after {limit:g} s\n")
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-25 if code else -1 :])
+    print(f"[{time.time() - begin:5.0f} s] {log.stem}: exit code {code}\n{tail}", flush=True)
+    return code
 
 
 def median(rows: list[dict[str, Any]], key: str) -> float | None:

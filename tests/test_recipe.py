@@ -285,6 +285,11 @@ CONTRADICTIONS = [
     ("--adapter.name lora --adapter.rank 0", "adapter.rank: found 0; it must be at least 1"),
     ("--adapter.name lora --adapter.dropout 1.0", "adapter.dropout: found 1.0; it must be at least 0 and less than 1"),
     ("--adapter.name lora --adapter.targets []", "adapter.targets: it is empty"),
+    ("--adapter.name lora --model.init random", "model.init: random weights are frozen beside the adapters"),
+    (
+        "--adapter.name lora --model.init random --checkpoint.export false",
+        "to measure, set checkpoint.final and export",
+    ),
     ("--adapter.name lora --adapter.path a --adapter.rank 8", "adapter.path: a decides targets, rank, alpha"),
     ("--adapter.name lora --adapter.init pissa --adapter.dora true", "adapter.init: pissa changes the frozen weights"),
     ("--adapter.quantization nf4", "adapter.name: none trains the model itself"),
@@ -351,6 +356,7 @@ def test_settings_that_go_together(tmp_path: Path) -> None:
         ["--parallel.pp=2", "--parallel.vpp=2", "--parallel.pipeline_layout=Et*3|(t|)*2ttL"],
         ["--precision.fp8=delayed", "--precision.dtype=bf16", "--precision.fp8_format=e4m3"],
         ["--checkpoint.dir=d", "--checkpoint.resume=never", "--checkpoint.overwrite=true", "--checkpoint.interval=5"],
+        ["--adapter.name=lora", "--model.init=random", "--checkpoint.final=false", "--checkpoint.export=false"],
     ):
         check_recipe(load(tmp_path, SMALL, *options))
 

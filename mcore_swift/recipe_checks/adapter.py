@@ -28,6 +28,11 @@ def _out_of_bounds(one: NamedAdapter) -> bool:
     )
 
 
+def _saves(recipe: Recipe) -> bool:
+    """Whether something of the run is to be kept."""
+    return bool(recipe.checkpoint.interval or recipe.checkpoint.final or recipe.checkpoint.export)
+
+
 ADAPTER: list[Row[Recipe]] = [
     Row(
         "adapter.name",
@@ -177,9 +182,9 @@ ADAPTER: list[Row[Recipe]] = [
     ),
     Row(
         "model.init",
-        "random, with adapter.name: lora",
-        lambda r: r.adapter.name != "none" and r.model.init == "random" and r.data.format != "synthetic",
+        "random, with adapter.name: lora, data and results that are kept",
+        lambda r: r.adapter.name != "none" and r.model.init == "random" and r.data.format != "synthetic" and _saves(r),
         "random weights are frozen beside the adapters, so nothing useful can be learned",
-        "use pretrained weights (benchmarks with data.format: synthetic may use random ones)",
+        "use pretrained weights, or, to measure, set checkpoint.final and export: false (or data.format: synthetic)",
     ),
 ]
