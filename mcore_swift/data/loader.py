@@ -128,6 +128,7 @@ class JudgedSamples:
 
     def __init__(self, samples: JudgedSet, *, data: DataSection, shape: LoaderShape, pad_id: int, form: Form) -> None:
         self.samples, self.packing, self.shape, self.pad_id, self.form = samples, data.packing, shape, pad_id, form
+        self.reference: dict[str, Any] = {}  # what a precomputed reference took, for the report
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -136,10 +137,14 @@ class JudgedSamples:
         answers = [[] if number is None else self.samples.documents(number) for number in numbers]
         return collate_judged(answers, form=self.form, packing=self.packing, shape=self.shape, pad_id=self.pad_id)
 
-    def use_ref_logps(self, ref_logps: np.ndarray) -> None:
-        """From now on the micro-batches hold these: float32 [units, answers], in the order of the units."""
+    def use_ref_logps(self, ref_logps: np.ndarray, *, seconds: float = 0.0) -> None:
+        """From now on the micro-batches hold these: float32 [units, answers], in the order of the units.
+
+        `seconds`: how long they took to compute, 0 where they were there already.
+        """
         self.samples = replace(self.samples, ref_logps=ref_logps)
         self.form = replace(self.form, ref_logps=True)
+        self.reference = {"reference_reused": seconds == 0, "reference_seconds": round(seconds, 2)}
 
     def row_name(self, row: int) -> str:
         """Where a person finds the row of an answer (`Sequences.row`): FILE:LINE."""
@@ -147,7 +152,8 @@ class JudgedSamples:
         return f"{problem.file}:{problem.row}"
 
     def report(self) -> dict[str, Any]:
-        return _report(self.samples, self.shape.sequence_length if self.packing else None)
+        report = _report(self.samples, self.shape.sequence_length if self.packing else None)
+        return report | self.reference
 
 
 def _report(samples: SampleSet | JudgedSet, sequence_length: int | None) -> dict[str, Any]:

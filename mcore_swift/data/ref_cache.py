@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -51,6 +52,7 @@ def add_ref_logps(samples: JudgedSamples, *, model: str, compute: Compute, merge
     InputError: an answer whose log-probability isn't finite (its row), an unwritable cache, an entry that is broken.
     """
     made = samples.samples
+    begin = time.perf_counter()
     folder = cache_dir / "reference" / hash_of([VERSION, model, made.content_key()])
     known = not merge(np.array([not folder.is_dir()], dtype=np.float64))[0]
     if not known:
@@ -65,7 +67,8 @@ def add_ref_logps(samples: JudgedSamples, *, model: str, compute: Compute, merge
                     np.save(scratch / FILE, found.astype(np.float32))
     else:
         log.info("log-probabilities of the reference reused: %s", folder)
-    samples.use_ref_logps(_read(folder / FILE, made.pieces.prompts.shape))
+    seconds = 0.0 if known else time.perf_counter() - begin
+    samples.use_ref_logps(_read(folder / FILE, made.pieces.prompts.shape), seconds=seconds)
     return known
 
 

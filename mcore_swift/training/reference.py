@@ -59,7 +59,7 @@ def keep(
 
     off = recipe.adapter.name == "lora" and recipe.objective.reference_path is None
     folder = Path(recipe.objective.reference_path or recipe.model.path)
-    precision = setup.dtype_name(recipe, platform), recipe.precision.fp8
+    precision = setup.dtype_name(recipe, platform), recipe.precision.fp8, *(as_held(recipe) if off else ())
     found: list[Any] = []  # the frozen model, built for the first data set that isn't in the cache
 
     def compute(batches: list[MicroBatch]) -> list[Tensor]:
@@ -82,6 +82,17 @@ def keep(
             add_ref_logps(
                 loader.samples, model=model_key(folder, precision), compute=compute, merge=merge, cache_dir=cache
             )
+
+
+def as_held(recipe: Recipe) -> list[object]:
+    """What makes the policy without its LoRA another one than its folder's, if anything does."""
+    adapter, model = recipe.adapter, recipe.model
+    found: list[object] = []
+    if adapter.quantization != "none":
+        found += [adapter.quantization, adapter.double_quantization]
+    if model.init == "random":
+        found += ["random", recipe.runtime.seed, model.overrides]
+    return found
 
 
 def build_frozen(recipe: Recipe, source: ModelSource, platform: Platform) -> list[Any]:

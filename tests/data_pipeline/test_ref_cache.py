@@ -69,11 +69,13 @@ def test_each_answer_gets_its_own_and_later_runs_reuse_them(
     first = build(wanted, packing=packing)
     assert not add(first, tmp_path, policy) and policy.calls
     check(first)
+    assert not first.report()["reference_reused"] and first.report()["reference_seconds"] >= 0
     policy.calls = 0
     for changed in ({"packing": not packing}, {"shuffle": False}, {"shape": {"micro_batch_size": 2}}):
         again = build(wanted, **({"packing": packing} | changed))
         assert add(again, tmp_path, policy) and not policy.calls
         check(again)
+        assert again.report()["reference_reused"]
     assert sorted(path.suffix for path in (tmp_path / "reference").iterdir()) == ["", ".lock"]
 
 

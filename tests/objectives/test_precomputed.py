@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,15 @@ import torch
 
 from mcore_swift import parallel
 from mcore_swift.data.batch import MicroBatch
-from mcore_swift.recipe import ObjectiveSection, ParallelSection, Recipe
+from mcore_swift.recipe import (
+    AdapterSection,
+    DataSection,
+    ModelSection,
+    ObjectiveSection,
+    ParallelSection,
+    Recipe,
+    RuntimeSection,
+)
 from tests.distributed.harness import prepared, run_ranks
 from tests.distributed.rank_model import CPU, open_model, recipe_for
 from tests.objectives import rows
@@ -70,3 +79,22 @@ def test_precomputed(models: Any, layout: ParallelSection) -> None:
     for computed, kept, bad in run_ranks(losses, world_size, recipe):
         assert kept == computed
         assert bad == (6,)
+
+
+def test_weights_that_are_held_otherwise_are_another_policy() -> None:
+    """Four bits, and random weights of another seed or shape: each under a key of its own in the cache."""
+    from mcore_swift.training.reference import as_held
+
+    recipe = Recipe(model=ModelSection(path="m"), data=DataSection(train=[]))
+    random = replace(recipe, model=ModelSection(path="m", init="random"))
+    held = [
+        recipe,
+        *(replace(recipe, adapter=AdapterSection(name="lora", quantization=name)) for name in ("nf4", "fp4")),
+        replace(recipe, adapter=AdapterSection(name="lora", quantization="nf4", double_quantization=False)),
+        random,
+        replace(random, runtime=RuntimeSection(seed=7)),
+        replace(random, model=ModelSection(path="m", init="random", overrides={"num_hidden_layers": 2})),
+    ]
+    keys = [json.dumps(as_held(one)) for one in held]
+    assert len(set(keys)) == len(held)
+    assert as_held(replace(recipe, runtime=RuntimeSection(seed=7))) == as_held(recipe) == []
