@@ -53,7 +53,7 @@ def loss_of_pairs(scores: Scores, losses: Tensor, rewards: Sides, *, sft_weight:
     likelihood = -sides(answers.plain).chosen.sum()
     if sft_weight:
         total = total + sft_weight * (scores.totals["pairs"] / scores.totals["chosen_labels"]).float() * likelihood
-    count = torch.tensor(len(losses), device=losses.device)
+    count = losses.new_full((), len(losses), dtype=torch.int32)  # made on the device: a copy would wait for the pass
     rewards = Sides(rewards.chosen.detach(), rewards.rejected.detach())
     logps = sides(answers.logps.detach())
     metrics = {
@@ -65,4 +65,4 @@ def loss_of_pairs(scores: Scores, losses: Tensor, rewards: Sides, *, sft_weight:
     }
     if sft_weight:
         metrics["nll"] = Mean(likelihood.detach(), sides(answers.lengths).chosen.sum())
-    return Loss(total=total, count=count.int(), metrics=metrics)
+    return Loss(total=total, count=count, metrics=metrics)

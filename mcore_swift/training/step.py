@@ -229,11 +229,11 @@ def train_step(
     for model in models:
         model.zero_grad_buffer()
     optimizer.zero_grad()
-    mine = prepared(models, objective, reference, batches, device)
     config = models[0].config
     totals: dict[str, Tensor] = {}
-    if objective.unit != "labels" or balance.has_losses(config):
+    if objective.unit != "labels" or balance.has_losses(config):  # first: a GPU's host would wait for the reference
         totals = global_sizes(objective, batches, device)
+    mine = prepared(models, objective, reference, batches, device)
     if objective.divergence:
         totals["kl"] = divergence(models, mine, totals)
     balance.reset(models)
@@ -254,8 +254,8 @@ def eval_step(
     reference: Reference | None = None,
 ) -> StepResult:
     """The loss of these micro-batches; nothing is changed."""
-    mine = prepared(models, objective, reference, batches, device)
     totals = global_sizes(objective, batches, device) if objective.unit != "labels" else {}
+    mine = prepared(models, objective, reference, batches, device)
     if objective.divergence:
         totals["kl"] = divergence(models, mine, totals)
     with evaluating(models):
