@@ -68,10 +68,14 @@ def read_windows(path: Path, a: TensorSource, b: TensorSource, *, windows: int, 
     """The first `windows` pieces of `length` tokens of the text, int64 [windows, length].
 
     A .jsonl file gives the texts of its rows, one after another; another file is one text. The tokenizer is A's, or B's
-    where A has none. Raises InputError for a file that can't be read or is too short, or a folder without tokenizer.
+    where A has none. Raises InputError for a file that can't be read or is too short, a folder without tokenizer, and
+    models without logits.
     """
     import torch
 
+    for source in (a, b):
+        if source.model.scored:
+            raise InputError(f"{source.path}: a {source.model.raw['architectures'][0]} gives scores and has no logits")
     text = _read_text(path)
     ids = _tokenizer(a, b)(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < windows * length:

@@ -115,7 +115,7 @@ class DataSection(_Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveSection(_Strict):
-    name: Literal["sft", "dpo", "kto", "cpo", "simpo", "orpo"] = "sft"  # sft: next-token loss on tokens that count
+    name: Literal["sft", "dpo", "kto", "cpo", "simpo", "orpo", "rm"] = "sft"  # sft: next-token loss; rm: reward model
     loss: LossName | None = None  # dpo, cpo: sigmoid (the default), hinge, ipo …; kto: kto, apo_zero_unpaired
     losses: dict[str, float] = field(default_factory=dict)  # dpo: several, with weights, in place of one
     beta: float | None = None  # how closely rewards follow log-probabilities; default 0.1, simpo 2.0; orpo's λ
@@ -130,6 +130,7 @@ class ObjectiveSection(_Strict):
     desirable_weight: float = 1.0  # kto: weight of good answers
     undesirable_weight: float = 1.0  # kto: of bad ones
     dft: bool = False  # sft: weigh each token by its own probability
+    centering: float = 0.0  # rm: weight of (chosen + rejected score)², which keeps scores near 0; 0.01 is usual
     reference: Reference | None = None  # dpo, kto: whom to compare with; default: adapter_off, without lora: model
     reference_path: str | None = None  # folder of reference: model, precomputed; default: model.path, the run's start
 

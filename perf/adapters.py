@@ -114,7 +114,7 @@ def adapted_bytes(
 
     stages = [Adapted(0, Parameters(0))] * plan.pp
     for section in adapters_of(recipe.adapter).values():
-        found = adapted_stages(source, plan, chunks, *settings_of(section, seed=0))
+        found = adapted_stages(source, plan, chunks, *settings_of(section, seed=0, scored=source.scored))
         stages = [Adapted(new.linear, old.trained + new.trained) for old, new in zip(stages, found, strict=True)]
     whole = 2 if uses_bf16(recipe) else 4
     four_bits = 0.5 + SCALE_BYTES[recipe.adapter.double_quantization]

@@ -20,7 +20,9 @@ VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")  # padd
 BUFFERS = ("router.expert_bias",)  # saved with the weights, but not trained
 # Tensors that every tensor parallel rank holds whole: norms, routers, biases behind a sum over the ranks. With
 # Transformer Engine's layers also latent attention's way down; the torch layers cut it.
-_WHOLE = re.compile(r"norm\.weight$|layer_norm_weight$|\.router\.|\.gate_weight$|linear_(proj|fc2)\.bias$")
+_WHOLE = re.compile(
+    r"^score\.weight$|norm\.weight$|layer_norm_weight$|\.router\.|\.gate_weight$|linear_(proj|fc2)\.bias$"
+)
 LATENT = re.compile(r"linear_(q|kv)_down_proj\.")
 
 

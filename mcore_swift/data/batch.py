@@ -12,11 +12,12 @@ class Sequences:
     """The answers of a micro-batch that an objective scores one by one: n of them, n may be 0.
 
     index: int64 [b, s], the number of the answer that a position's label belongs to, −1 where no label counts (a
-    prompt's, padding's). A context parallel rank's part has s / cp positions and the numbers of the whole.
+    prompt's, padding's). A context parallel rank's part has s / cp positions and the numbers of the whole. Where whole
+    texts are scored, the one position of each answer whose score counts.
     Pairs: answer 2i is the preferred one of pair i, answer 2i + 1 the other.
     desirable: bool [n], for answers that are judged one by one; None for pairs.
     probe: bool [n], answers to other rows' prompts, which only serve to estimate a divergence; None: there are none.
-    margin: float32 [n / 2], by how much the preferred answer is better; None: unknown. No objective reads it yet.
+    margin: float32 [n / 2], by how much the preferred answer is better; None: unknown.
     weight: float32 [n], an answer's weight in the loss; None: 1.
     row: int64 [n], the answer's row in its data set, to name it in messages (the loader's `row_name`).
     ref_logps: float32 [n], Σ log p of the answer's labels under the reference, computed beforehand; None: it wasn't.

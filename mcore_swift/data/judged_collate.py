@@ -21,7 +21,8 @@ def collate_judged(
     """One micro-batch of samples, each the answers of its units; an empty list is a sample of padding only.
 
     Packed: [1, samples * length], as `collate` makes it. Unpacked: [samples * answers, longest padded], a unit's
-    documents in rows one below the other. Answers are numbered as they come.
+    documents in rows one below the other. Answers are numbered as they come. Scored: no token is a label, and the loss
+    mask is 1 at the last token of each document that isn't padding, as transformers looks for it.
     """
     rows = samples if packing else [row for sample in samples for row in _rows(sample, form.answers)]
     plain = [[(answer.tokens, answer.loss) for answer in row] for row in rows]
@@ -32,10 +33,16 @@ def collate_judged(
         start = 0
         for answer in documents:
             end = start + len(answer.tokens)
-            index[row, start : end - 1] = np.where(answer.loss[1:] != 0, len(found), -1)
+            if form.scored:
+                index[row, start + np.flatnonzero(answer.tokens != pad_id)[-1:]] = len(found)
+            else:
+                index[row, start : end - 1] = np.where(answer.loss[1:] != 0, len(found), -1)
             found.append(answer)
             start = end
-    return replace(batch, sequences=_sequences(found, form, torch.from_numpy(index).reshape(batch.tokens.shape)))
+    numbers = torch.from_numpy(index).reshape(batch.tokens.shape)
+    if form.scored:
+        batch = replace(batch, labels=torch.zeros_like(batch.labels), loss_mask=(numbers >= 0).float())
+    return replace(batch, sequences=_sequences(found, form, numbers))
 
 
 def _rows(sample: list[Answer], answers: int) -> list[list[Answer]]:

@@ -60,7 +60,7 @@ class Pieces:
     prompt_starts: np.ndarray
     prompts: np.ndarray  # lengths
     answer_starts: np.ndarray
-    answers: np.ndarray  # lengths, up to the last token that counts
+    answers: np.ndarray  # lengths, up to the last token that counts, or to the end of what is scored
 
     @property
     def lengths(self) -> np.ndarray:
@@ -132,7 +132,8 @@ class JudgedSet:
 
 def judged_settings(data: DataSection, wanted: Wanted) -> list[Any]:
     """What decides, beside what decides it for plain rows, what a sample of answers is; [] for plain rows."""
-    return [wanted.unit, wanted.probes, data.truncate, data.equal_pairs] if wanted.judged else []
+    plain = [wanted.unit, wanted.probes, data.truncate, data.equal_pairs] if wanted.judged else []
+    return [*plain, "scored"] if wanted.scored else plain
 
 
 def judged_samples(
@@ -147,6 +148,7 @@ def judged_samples(
         packing=data.packing,
         equal_pairs=data.equal_pairs,
         probes=wanted.probes,
+        scored=wanted.scored,
         subset=subset,
     )
 
@@ -160,16 +162,17 @@ def make_judged_samples(
     packing: bool,
     equal_pairs: str,
     probes: bool,
+    scored: bool = False,
     subset: np.ndarray | None = None,
 ) -> JudgedSet:
-    """The samples of the rows (or of a subset of row numbers, ascending).
+    """The samples of the rows (or of a subset of row numbers, ascending). `scored`: of whole documents.
 
     Packed: packs of whole units, up to `sequence_length` tokens; unpacked: one unit each, in order, every document up
     to `sequence_length`. Units beyond that follow `too_long`; how they are cut, see `cut`. Raises InputError for too
     long units and equal pairs, where the settings say so.
     """
     numbers = np.arange(len(rows)) if subset is None else subset
-    pieces = _pieces(rows, numbers)
+    pieces = _pieces(rows, numbers, whole=scored)
     found: dict[str, int] = {"rows": len(numbers)}
     if pieces.prompts.shape[1] == 2:
         equal = _equal(rows, pieces)
@@ -219,8 +222,9 @@ def _refuse_long(
     raise_problems(problems, len(numbers))
 
 
-def _pieces(rows: TokenizedRows, numbers: np.ndarray) -> Pieces:
-    """Prompt and answer of each document: the prompt ends where the first token counts."""
+def _pieces(rows: TokenizedRows, numbers: np.ndarray, *, whole: bool = False) -> Pieces:
+    """Prompt and answer of each document: the prompt ends where the first token counts, the answer with the last one,
+    or with the document if it is to be `whole`."""
     assert rows.judged is not None
     starts, ends = np.asarray(rows.offsets[:-1])[numbers], np.asarray(rows.offsets[1:])[numbers]
     middles = starts + rows.judged[numbers, 0].astype(np.int64)
@@ -229,7 +233,7 @@ def _pieces(rows: TokenizedRows, numbers: np.ndarray) -> Pieces:
     stops = np.stack([ends] if single else [middles, ends], axis=1)
     counted = np.flatnonzero(rows.loss)
     first = counted[np.searchsorted(counted, begins)]
-    last = counted[np.searchsorted(counted, stops) - 1]
+    last = stops - 1 if whole else counted[np.searchsorted(counted, stops) - 1]
     return Pieces(begins, first - begins, first, last + 1 - first)
 
 

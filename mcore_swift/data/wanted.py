@@ -25,11 +25,13 @@ class Form:
     """What all micro-batches of a data set have in common, those without an answer too.
 
     answers: documents of a unit; labelled: they are judged one by one (a second one is a probe), not a pair.
+    scored: an answer's only label is the document's last token that isn't padding, where a model's score is read.
     """
 
     answers: int
     labelled: bool
     ref_logps: bool = False
+    scored: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ class Wanted:
     """The data an objective asks for. unit: what its loss is a mean over; probes: answers to other rows' prompts, too.
 
     labels: tokens that count, whichever row they are from; pairs: two answers to one prompt; answers: single ones.
+    scored: whole texts with what the chat template puts behind an answer, to be scored at their last token.
     """
 
     objective: str = "sft"
     unit: Unit = "labels"
     probes: bool = False
+    scored: bool = False
 
     @property
     def judged(self) -> bool:
@@ -50,7 +54,7 @@ class Wanted:
     @property
     def form(self) -> Form:
         labelled = self.unit == "answers"
-        return Form(answers=1 if labelled and not self.probes else 2, labelled=labelled)
+        return Form(answers=1 if labelled and not self.probes else 2, labelled=labelled, scored=self.scored)
 
     def format(self, setting: str) -> str:
         """The data format to read for `data.format`. Raises InputError when the objective can't use that one."""

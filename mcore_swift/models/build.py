@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from mcore_swift import parallel
 from mcore_swift.errors import InputError
+from mcore_swift.models import scored
 from mcore_swift.models.context_rules import context_fields
 from mcore_swift.models.experts import expert_fields
 from mcore_swift.models.family import Family, HFConfig
@@ -49,13 +50,23 @@ class ModelSource:
         return self.config.vocab_size
 
     @property
+    def scored(self) -> bool:
+        """Whether it gives a text a score, in place of its next token."""
+        return scored.is_scored(self.raw)
+
+    @property
+    def num_outputs(self) -> int:
+        """Rows of the last layer."""
+        return 1 if self.scored else self.vocab_size
+
+    @property
     def tied(self) -> bool:
-        return bool(self.config.tie_word_embeddings)
+        return bool(self.config.tie_word_embeddings) and not self.scored
 
     @property
     def mtp_layers(self) -> int:
         """Layers of multi-token prediction, after those of the decoder."""
-        return getattr(self.config, "num_nextn_predict_layers", 0) if self.family.mtp else 0
+        return getattr(self.config, "num_nextn_predict_layers", 0) if self.family.mtp and not self.scored else 0
 
     def fields(self) -> dict[str, object]:
         """TransformerConfig fields of the model. Layers of multi-token prediction are among them if they are trained.
@@ -75,8 +86,12 @@ def read_source(
     tokenizer: Path | None = None,
     chat_template: Path | None = None,
     mtp_loss_scale: float = 0.0,
+    as_scored: bool = False,
 ) -> ModelSource:
-    """Reads `folder`/config.json. Raises InputError when it is missing, malformed, or of an unknown family."""
+    """Reads `folder`/config.json. Raises InputError when it is missing, malformed, or of an unknown family.
+
+    `as_scored`: of a language model, that with a score in place of its output layer.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"model.path: {folder} has no config.json; a Hugging Face model folder is needed")
@@ -91,6 +106,8 @@ def read_source(
     if unknown:
         raise InputError(f"model.overrides: {unknown[0]} is not in {path}; allowed: {', '.join(sorted(raw))}")
     raw |= overrides or {}
+    if as_scored:
+        raw = scored.scored_config(raw, path=path)
 
     from huggingface_hub.errors import StrictDataclassError  # what transformers' own checks raise
     from transformers import CONFIG_MAPPING
@@ -207,6 +224,7 @@ def build_chunks(
             pre_process=first,
             post_process=last,
             share_embeddings_and_output_weights=source.tied,
+            scored=source.scored,
             position_embedding_type="rope",
             vp_stage=chunk,
             ahead=ahead,

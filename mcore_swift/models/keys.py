@@ -10,6 +10,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
+from mcore_swift.models.scored import scored_rules
 from mcore_swift.weights.rules import TensorRule, expand
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ GLOBAL_KEYS = {
     "embedding": "embedding.word_embeddings",
     "final_norm": "decoder.final_layernorm",
     "head": "output_layer",
+    "score": "score",
     "mixer": "decoder.layers.{i}.self_attention",
     "ffn": "decoder.layers.{i}.mlp",
     "layer": "decoder.layers.{i}",
@@ -57,7 +59,7 @@ def weight_rules(source: ModelSource) -> dict[str, TensorRule]:
 
 def expand_rules(source: ModelSource, config: TransformerConfig) -> dict[str, TensorRule]:
     return expand(
-        source.family.rules,
+        scored_rules(source.family.rules) if source.scored else source.family.rules,
         config,
         keys=GLOBAL_KEYS,
         mtp_keys=MTP_KEYS,
@@ -86,6 +88,7 @@ def _hidden(c: Any) -> tuple[int, ...]:
 _SHAPES: dict[str, Callable[[Any], tuple[int, ...]]] = {
     "embedding.word_embeddings.weight": lambda c: (c.vocab_size, c.hidden_size),
     "output_layer.weight": lambda c: (c.vocab_size, c.hidden_size),
+    "score.weight": lambda c: (1, c.hidden_size),
     "decoder.final_layernorm.weight": _hidden,
     "self_attention.linear_qkv.layer_norm_weight": _hidden,
     "self_attention.linear_qkv.weight": lambda c: (_qkv_rows(c), c.hidden_size),

@@ -34,6 +34,7 @@ from mcore_swift.models.expert_bias import with_bias
 from mcore_swift.models.latent_attention import NORM_KEYS, LatentAttention, LatentRotary
 from mcore_swift.models.post_norm import add_post_norms
 from mcore_swift.models.router import with_router
+from mcore_swift.models.score_head import ScoreHead
 from mcore_swift.models.sinks import SinkAttention
 from mcore_swift.models.soft_cap import CappedAttention
 from mcore_swift.platform import Platform
@@ -162,6 +163,7 @@ class DecoderModel(GPTModel):
 
     `true_vocab_size`: rows of the vocabulary that are real; the rest pads it to a multiple of the TP size.
     `ahead`: layers of multi-token prediction, trained if the config has them, or else only kept on the last stage.
+    `scored`: it has a score in place of its output layer, and gives each position's, negated as log-probabilities are.
     `tensor_rules`: what its tensors are made of under Hugging Face names.
     """
 
@@ -175,6 +177,7 @@ class DecoderModel(GPTModel):
         *args: Any,
         ahead: MultiTokenPredictionBlockSubmodules | None = None,
         vp_stage: int | None = None,
+        scored: bool = False,
         **kwargs: Any,
     ) -> None:
         trained = cast(Any, ahead if config.mtp_num_layers else None)
@@ -182,10 +185,19 @@ class DecoderModel(GPTModel):
         self.config = mtp.with_layers(config, None)  # their loss is not left to GPTModel, see `_postprocess`
         if ahead is not None and trained is None and self.post_process:
             self.mtp = mtp.kept_block(config, ahead, chunk=vp_stage, groups=self.pg_collection)
+        self.score: ScoreHead | None = None
+        if scored and self.post_process:
+            del self.output_layer
+            self.score = ScoreHead(config, tp_group=self.pg_collection.tp)
         if config.embedding_scale is not None and hasattr(self, "embedding"):
             # transformers rounds the factor to the model's dtype first: √5376 becomes 73.5 in bf16.
             factor = torch.tensor(config.embedding_scale, dtype=config.params_dtype, device="cpu").item()
             self.embedding.register_forward_hook(lambda module, args, output: cast(Tensor, output) * factor)
+
+    def initialize_score(self, *, seed: int) -> None:
+        """Fills the score, if this chunk has it, as transformers does."""
+        if self.score is not None:
+            self.score.initialize(std=self.config.init_method_std, seed=seed)
 
     def set_rotary(self, frequencies: Tensor, factor: float) -> None:
         """Replaces the rotary frequencies; `factor` multiplies cos and sin (YaRN's attention factor)."""
@@ -201,6 +213,15 @@ class DecoderModel(GPTModel):
             # Megatron derives this from YaRN-only config fields; transformers gives the number itself.
             attention._yarn_concentration_factor = factor
 
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        if self.score is None:
+            return super().sharded_state_dict(*args, **kwargs)
+        self.post_process = False  # where it is set, Megatron 0.19.2 marks the output layer's tensor, which isn't there
+        try:
+            return super().sharded_state_dict(*args, **kwargs)
+        finally:
+            self.post_process = True
+
     def forward(
         self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor | None, *args: Any, **kwargs: Any
     ) -> Tensor:
@@ -213,6 +234,8 @@ class DecoderModel(GPTModel):
         return super().forward(input_ids, position_ids, attention_mask, *args, **kwargs)  # type: ignore[arg-type]
 
     def _postprocess(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        if self.score is not None:
+            return -self.score(hidden_states)
         if self.mtp_process and self.training and kwargs["labels"] is not None:
             weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
             hidden_states = mtp.with_loss(self, hidden_states, output_weight=weight, **kwargs)

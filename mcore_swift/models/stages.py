@@ -50,7 +50,7 @@ def loss_cost(source: ModelSource) -> float:
         if key.startswith("decoder.layers."):
             used = config.moe_router_topk / config.num_moe_experts if ".experts.experts." in key else 1.0
             layers += prod(shape) * used
-    return source.vocab_size * config.hidden_size / (layers / config.num_layers)
+    return source.num_outputs * config.hidden_size / (layers / config.num_layers)
 
 
 def megatron_layout(source: ModelSource, plan: ParallelPlan) -> str | None:

@@ -34,12 +34,14 @@ class Loss:
 
     `total` (float32 scalar) is the sum to minimize, `count` (int32 scalar) what it is divided by, after both are summed
     over the global batch: so the number depends neither on the layout nor on the micro-batch size. `metrics` are means
-    of other things, for display, each with a count of its own.
+    of other things, for display, each with a count of its own; `extremes` are float32 scalars whose names end with what
+    they are over the global batch, `_min` or `_max`: infinite where a micro-batch has none.
     """
 
     total: Tensor
     count: Tensor
     metrics: dict[str, Mean]
+    extremes: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Answers:
     """The answers of a micro-batch as the policy sees them: n of them, whole on every context parallel rank.
 
     logps: float32 [n], sums of log-probabilities over an answer's labels, each times its loss mask, which is 1 unless
-    the objective weighs labels; plain: the same without the mask's weights; lengths: float32 [n], numbers of labels.
+    the objective weighs labels (of a model with a score: the answer's); plain: the same without the mask's weights;
+    lengths: float32 [n], numbers of labels.
     """
 
     logps: Tensor
@@ -77,12 +80,14 @@ class Objective:
 
     weigh: called on whole micro-batches, to weigh their labels by changing the loss mask.
     reference: whether it compares the policy with another one. divergence: whether it reads `totals["kl"]`.
+    scored: the model gives answers scores instead of log-probabilities.
     """
 
     loss: Callable[[Scores, ObjectiveSection], Loss]
     unit: Unit
     reference: bool = False
     divergence: bool = False
+    scored: bool = False
     weigh: Callable[[MicroBatch, ObjectiveSection], MicroBatch] | None = None
     options: ObjectiveSection = field(default_factory=ObjectiveSection)
 

@@ -12,6 +12,7 @@ from mcore_swift.objectives.dpo import dpo, shorten
 from mcore_swift.objectives.kto import kto
 from mcore_swift.objectives.objective import Objective
 from mcore_swift.objectives.orpo import orpo
+from mcore_swift.objectives.reward import rm
 from mcore_swift.objectives.sft import sft
 from mcore_swift.recipe import ObjectiveSection
 from mcore_swift.recipe_checks.objective import filled
@@ -23,6 +24,7 @@ OBJECTIVES: dict[str, Objective] = {
     "simpo": Objective(simpo, "pairs"),
     "orpo": Objective(orpo, "pairs"),
     "kto": Objective(kto, "answers", reference=True, divergence=True),
+    "rm": Objective(rm, "pairs", scored=True),
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mcore_swift.errors import InputError
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 DEFAULT = "default"  # the name of an adapter that is given none
+SCORE = "score"  # the module of a reward model that is always trained in full
 
 # adapter_config.json of peft 0.21. Keys that don't change what the merged weights are …
 _ANY = {
@@ -55,6 +56,11 @@ _ALLOWED: dict[str, tuple[object, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # PiSSA & co. change the base as well
 }
+
+
+def is_scored(tensors: Collection[str]) -> bool:
+    """Whether a model with these tensors has a score in place of its output layer."""
+    return f"{SCORE}.weight" in tensors
 
 
 def read_json(path: Path, needed: str) -> dict[str, Any]:

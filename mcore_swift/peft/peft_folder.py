@@ -15,7 +15,7 @@ from mcore_swift import parallel
 from mcore_swift.errors import InputError, nearest
 from mcore_swift.peft.adapters import AdapterTensor
 from mcore_swift.peft.lora import LoraSettings
-from mcore_swift.peft.peft_config import CONFIG, DEFAULT, PREFIX, WEIGHTS, listed, read_config
+from mcore_swift.peft.peft_config import CONFIG, DEFAULT, PREFIX, WEIGHTS, is_scored, listed, read_config
 from mcore_swift.peft.saved import modules_of
 from mcore_swift.peft.targets import linear_modules
 from mcore_swift.weights import live
@@ -150,7 +150,7 @@ def config_of(
     single = {name for name in adapted if name.rsplit(".", 1)[-1] not in whole}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if is_scored(rules) else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": settings.rank,
         "lora_alpha": settings.alpha,

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mcore_swift.errors import InputError, nearest
+from mcore_swift.peft.peft_config import is_scored
 from mcore_swift.weights.live import sharded_state
 from mcore_swift.weights.rules import TensorRule
 
@@ -41,7 +42,7 @@ def select_saved(
     for key, rule in rules.items():
         for name in rule.hf:
             modules.setdefault(name.rsplit(".", 1)[0], []).append(key)
-    if "output_layer.weight" not in rules:  # the embedding is the output layer, too
+    if "output_layer.weight" not in rules and not is_scored(rules):  # the embedding is the output layer, too
         for name in wanted:
             if name.rsplit(".", 1)[-1] in _EMBEDDINGS:
                 raise InputError(

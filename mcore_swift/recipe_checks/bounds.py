@@ -24,7 +24,8 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], str]] = [
         "adapter.first_tokens adapter.last_tokens "
         "schedule.eval_interval checkpoint.interval checkpoint.keep runtime.offload_layers "
         "model.mtp_loss_scale moe.aux_loss_coeff moe.z_loss_coeff moe.expert_bias_update_rate "
-        "objective.gamma objective.sft_weight objective.desirable_weight objective.undesirable_weight",
+        "objective.gamma objective.sft_weight objective.centering "
+        "objective.desirable_weight objective.undesirable_weight",
     ),
     ("at least 2", lambda x: x >= 2, "data.sequence_length"),
     ("between 0 and 1", lambda x: 0 <= x <= 1, "optimizer.offload_fraction objective.ld_alpha"),

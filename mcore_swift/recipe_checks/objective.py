@@ -19,7 +19,10 @@ READS: dict[str, tuple[str, ...]] = {
     "cpo": ("loss", "beta", "label_smoothing", "sft_weight", "alphapo"),
     "simpo": ("beta", "gamma", "label_smoothing", "sft_weight", "alphapo"),
     "orpo": ("beta",),
+    "rm": ("centering",),
 }
+# Whose model has a score in place of the output layer.
+SCORED = ("rm",)
 # The losses of each; the first is the default.
 LOSSES: dict[str, tuple[str, ...]] = {
     "dpo": (
@@ -211,6 +214,20 @@ OBJECTIVE: list[Row[Recipe]] = [
         "more than 0, with another objective than sft",
         lambda r: r.objective.name != "sft" and r.model.mtp_loss_scale,
         "the loss of multi-token prediction belongs to sft; {r.objective.name} would train on answers it should avoid",
+        "leave it out",
+    ),
+    Row(
+        "objective.name adapter.name",
+        "rm, with an adapter other than lora",
+        lambda r: r.objective.name in SCORED and r.adapter.name not in ("none", "lora"),
+        "the score is new and has to be trained, which {r.adapter.name}'s folder has no place for",
+        "choose lora, or none to train everything",
+    ),
+    Row(
+        "optimizer.fsdp",
+        "any, with objective.name: rm",
+        lambda r: r.objective.name in SCORED and r.optimizer.fsdp,
+        "sharded parameters are not proved for a model with a score",
         "leave it out",
     ),
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mcore_swift.errors import InputError
-from mcore_swift.peft.peft_config import DEFAULT
+from mcore_swift.peft.peft_config import DEFAULT, SCORE, is_scored
 from mcore_swift.recipe import AdapterSection, Recipe
 from mcore_swift.weights.rules import TensorRule
 
@@ -21,14 +21,20 @@ if TYPE_CHECKING:
     from mcore_swift.training.setup import TrainingModel
 
 
-def settings_of(section: AdapterSection, *, seed: int) -> tuple[LoraSettings, list[str]]:
-    """The adapters' settings and targets: the recipe's, or those of the folder that it goes on from."""
+def settings_of(section: AdapterSection, *, seed: int, scored: bool = False) -> tuple[LoraSettings, list[str]]:
+    """The adapters' settings and targets: the recipe's, or those of the folder that it goes on from.
+
+    `scored`: the model's score is trained in full beside them.
+    """
     from mcore_swift.peft import peft_folder
     from mcore_swift.peft.lora import LoraSettings
 
+    def with_score(modules: Sequence[str]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([*modules, SCORE] if scored else modules))
+
     if section.path is not None:
         settings, targets = peft_folder.read_settings(Path(section.path))
-        return replace(settings, share_a=section.share_a), targets
+        return replace(settings, share_a=section.share_a, modules_to_save=with_score(settings.modules_to_save)), targets
     settings = LoraSettings(
         rank=section.rank,
         alpha=section.alpha,
@@ -37,7 +43,7 @@ def settings_of(section: AdapterSection, *, seed: int) -> tuple[LoraSettings, li
         dora=section.dora,
         pissa=section.init == "pissa",
         share_a=section.share_a,
-        modules_to_save=tuple(section.modules_to_save),
+        modules_to_save=with_score(section.modules_to_save),
         seed=seed,
     )
     return settings, section.targets
@@ -103,7 +109,7 @@ def prepare(recipe: Recipe, chunks: Sequence[DecoderModel], rules: Mapping[str, 
             own_folder.load(chunks, Path(section.path))
         return
     for name, section in adapters_of(recipe.adapter).items():
-        settings, targets = settings_of(section, seed=recipe.runtime.seed)
+        settings, targets = settings_of(section, seed=recipe.runtime.seed, scored=is_scored(rules))
         if recipe.adapter.quantization != "none":
             _check_whole(settings, rules)
         modules = adapters.attach(chunks, rules, targets, settings, adapter=name)
@@ -145,7 +151,7 @@ def write(recipe: Recipe, model: TrainingModel, run_dir: Path) -> None:
         own_folder.save(model.chunks, run_dir / "adapter", recipe.adapter.name, chosen, base=base)
         return
     for name, section in adapters_of(recipe.adapter).items():
-        settings, _ = settings_of(section, seed=recipe.runtime.seed)
+        settings, _ = settings_of(section, seed=recipe.runtime.seed, scored=is_scored(model.rules))
         folder = run_dir / "adapter" / name if recipe.adapter.several else run_dir / "adapter"
         peft_folder.save(model.chunks, model.rules, folder, settings, base=base, adapter=name)
     if merges(recipe.adapter):

@@ -31,6 +31,7 @@ class RunInfo:
     recipe_text: str  # the resolved recipe as YAML
     command: str  # what was typed to start the run; typed again, it resumes
     run_dir: Path | None
+    scored: bool = False  # the model gives scores, not text
     base_weights: str = ""  # how an adapter's frozen weights are held, if in four bits, and what that costs
     pipeline: str = ""  # what lies on its stages and how long they wait; "" without stages
     data_counts: Mapping[str, int | float | str] = field(default_factory=dict)  # the data report, in its own words

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -68,10 +68,13 @@ class TrainState:
     samples: int  # that have been trained on
 
 
-def load_weights(path: Path, *, models: Sequence[Module], fill: Fill | None = None) -> None:
+def load_weights(
+    path: Path, *, models: Sequence[Module], fill: Fill | None = None, optional: Collection[str] = ()
+) -> None:
     """Fills the models, wrapped or not, from the weights of a Megatron checkpoint, at any layout and in any dtype.
 
-    With `fill`, tensor by tensor, so that none but that one needs its memory. Raises InputError, on all ranks, when it
+    With `fill`, tensor by tensor, so that none but that one needs its memory. `optional`: global keys of tensors that
+    stay what they are where the checkpoint hasn't got them. Raises InputError, on all ranks, when it
     is damaged or another model's; the latter before anything is loaded.
     """
     from mcore_swift.weights import dist_checkpoint, dist_index, live
@@ -80,9 +83,12 @@ def load_weights(path: Path, *, models: Sequence[Module], fill: Fill | None = No
 
     def check() -> tuple[Any, Any]:
         index = dist_index.read_index(path)
-        tensors = dist_checkpoint.model_items(models).tensors()
+        tensors = [item for item in dist_checkpoint.model_items(models).tensors() if not left(item.key, index)]
         dist_checkpoint.check_fits(tensors, index, path, same_dtype=False)
         return tensors, index
+
+    def left(key: str, index: Any) -> bool:
+        return key in optional and key not in index.state_dict_metadata
 
     def one_by_one() -> None:
         errors = []
@@ -91,7 +97,7 @@ def load_weights(path: Path, *, models: Sequence[Module], fill: Fill | None = No
             if not errors:
                 dist_checkpoint.read(dist_checkpoint.parts_of(item, data), path, index)
 
-        for item in live.global_tensors(models):
+        for item in (item for item in live.global_tensors(models) if not left(item.key, index)):
             try:
                 fill(item.data, functools.partial(write, item))  # type: ignore[misc]
             except InputError as error:  # filling may be a collective call: every rank goes through all tensors

@@ -7,7 +7,9 @@ import warnings
 from pathlib import Path
 
 from mcore_swift import rank_env
+from mcore_swift.data.tokenizer import load_tokenizer, pad_id_of
 from mcore_swift.errors import InputError
+from mcore_swift.models import scored
 from mcore_swift.models.build import ModelSource, check_layout, read_source
 from mcore_swift.models.experts import check_experts
 from mcore_swift.models.keys import weight_rules
@@ -20,6 +22,7 @@ from mcore_swift.ranks import launch
 from mcore_swift.recipe import Recipe
 from mcore_swift.recipe_checks.job import BATCHES, Batches
 from mcore_swift.recipe_checks.lisa import LISA_LAYERS, Layers
+from mcore_swift.recipe_checks.objective import SCORED
 from mcore_swift.recipe_checks.table import refuse
 from mcore_swift.training.levers import environment
 
@@ -37,6 +40,9 @@ def run(recipe: Recipe) -> int:
     refuse(LISA_LAYERS, Layers(recipe, source.config.num_hidden_layers))
     if recipe.model.partly_frozen:
         frozen_tensors(weight_rules(source), recipe.model)
+
+    if source.scored:
+        source = scored.with_padding(source, pad_id_of(load_tokenizer(source.tokenizer)))
 
     for name, value in environment(recipe).items():
         os.environ.setdefault(name, value)
@@ -80,13 +86,20 @@ def model_source(recipe: Recipe) -> ModelSource:
     path = Path(recipe.model.path)
     folder = checkpoint_source(path) if is_checkpoint(path) else path
     tokenizer, template = (Path(p) if p else None for p in (recipe.model.tokenizer, recipe.data.chat_template))
-    return read_source(
+    source = read_source(
         folder,
         overrides=recipe.model.overrides,
         tokenizer=tokenizer,
         chat_template=template,
         mtp_loss_scale=recipe.model.mtp_loss_scale,
+        as_scored=recipe.objective.name in SCORED,
     )
+    if source.scored and recipe.objective.name not in SCORED:
+        raise InputError(
+            f"model.path: {folder} is a {source.raw['architectures'][0]}, which gives a text a score and has no output"
+            f" layer to write or learn one with; only objective.name: {' or '.join(SCORED)} trains it"
+        )
+    return source
 
 
 def threads(recipe: Recipe, platform: Platform, plan: ParallelPlan) -> int:

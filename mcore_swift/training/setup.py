@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mcore_swift.flops import DecoderShape
+from mcore_swift.models import scored
 from mcore_swift.models.build import ModelSource, build_chunks, tensor_rules, transformer_config
 from mcore_swift.models.experts import expert_fields
 from mcore_swift.models.sizes import decoder_shape
@@ -52,7 +53,7 @@ class TrainingModel:
     @property
     def shape(self) -> DecoderShape:
         """The sizes that FLOPs are counted from."""
-        return decoder_shape(self.config, vocab_size=self.source.vocab_size)
+        return decoder_shape(self.config, vocab_size=self.source.num_outputs)
 
     def export_dtype(self, name: str) -> str:
         """The safetensors dtype that tensor `name` is exported in."""
@@ -136,15 +137,21 @@ def load_weights(
 ) -> Mapping[str, Spec] | None:
     """Loads the weights from where the recipe says; returns the Hugging Face folder's tensors if it was one."""
     path = Path(recipe.model.path)
+    if source.scored:
+        for chunk in chunks:
+            chunk.initialize_score(seed=recipe.runtime.seed)
     if recipe.model.init == "random":
         if base is not None:
             base.fill_randomly(std=chunks[0].config.init_method_std, seed=recipe.runtime.seed)
         return None
+    optional = (scored.KEY,)  # a language model has none
     if checkpoint.is_checkpoint(path):
-        checkpoint.load_weights(path, models=chunks, fill=base.fill if base is not None else None)
+        checkpoint.load_weights(path, models=chunks, fill=base.fill if base is not None else None, optional=optional)
         return {}
     folder = SafetensorsFolder(path)
-    live.load(chunks, rules, folder, tied=source.tied, fill=base.fill if base is not None else live.in_place)
+    spare = scored.spare_tensors(folder.entries, num_layers=chunks[0].config.num_layers) if source.scored else []
+    fill = base.fill if base is not None else live.in_place
+    live.load(chunks, rules, folder, tied=source.tied, fill=fill, spare=spare, optional=optional)
     return live.decoded(folder)
 
 

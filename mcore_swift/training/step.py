@@ -60,7 +60,8 @@ def forward_step(
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
     """Megatron's forward step function: the model's output, and the function that turns it into a loss.
 
-    The batches are this rank's parts. `score` gets the labels' log-probabilities, float32 [b, s], and the batch.
+    The batches are this rank's parts. `score` gets the labels' log-probabilities (of a model with a score: the
+    positions' scores), float32 [b, s], and the batch.
     """
     from mcore_swift.peft import adapters
 
@@ -97,6 +98,7 @@ def score_loss(
     sums = {"loss": result.total.detach() * counts, "count": result.count * counts}
     for name, mean in result.metrics.items():
         sums |= {f"{name}:total": mean.total * counts, f"{name}:count": mean.count * counts}
+    sums |= result.extremes
     if answers is not None:
         logps, others = answers.logps.detach(), answers.of.ref_logps
         sums["finite"] = (logps if others is None else logps + others).isfinite()

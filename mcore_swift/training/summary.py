@@ -100,6 +100,9 @@ def _throughput(info: RunInfo, rows: list[Row]) -> str:
 
 def next_command(info: RunInfo, end: RunEnd) -> tuple[str, str]:
     """What to do next and the command that does it ("" where there is none)."""
+    if info.scored and end.hf_dir is not None:
+        path = shlex.quote(str(end.hf_dir))
+        return "open it with transformers' AutoModelForSequenceClassification", f"mcore-swift inspect {path}"
     if end.hf_dir is not None:
         path = shlex.quote(str(end.hf_dir))
         return "try the trained model", f'mcore-swift generate {path} --prompt "…"'

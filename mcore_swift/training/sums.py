@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+EXTREMES = ("_min", "_max")  # how the names of what isn't summed end
+
+
 @dataclass(frozen=True)
 class StepResult:
     """Sums over the whole job, the same on every rank."""
@@ -47,7 +50,8 @@ def summarize(sums: list[dict[str, Tensor]], batches: Sequence[MicroBatch], devi
     shared: list[Any] = [sorted(sums[0].keys() - {"finite"}) if sums else None]
     if last > 0:
         dist.broadcast_object_list(shared, group=group, group_src=last)
-    names: list[str] = shared[0]
+    names: list[str] = [name for name in shared[0] if not name.endswith(EXTREMES)]
+    extremes = _extremes([name for name in shared[0] if name.endswith(EXTREMES)], sums, device)
     values = torch.zeros(len(names) + 3, dtype=torch.float64, device=device)
     if sums:
         values[: len(names)] = torch.stack(
@@ -65,7 +69,7 @@ def summarize(sums: list[dict[str, Tensor]], batches: Sequence[MicroBatch], devi
     counts = {name.removesuffix(":count"): n for name, n in totals.items() if name.endswith(":count")}
     return StepResult(
         loss=loss,
-        metrics=with_margin({name: totals[f"{name}:total"] / n for name, n in counts.items() if n}),
+        metrics=with_margin({name: totals[f"{name}:total"] / n for name, n in counts.items() if n}) | extremes,
         loss_tokens=round(labels),
         tokens=round(positions),
         sum_squared_lengths=squared,
@@ -73,6 +77,20 @@ def summarize(sums: list[dict[str, Tensor]], batches: Sequence[MicroBatch], devi
         counts=counts,
         bad_rows=() if math.isfinite(loss) else bad_rows(sums, batches),
     )
+
+
+def _extremes(names: list[str], sums: list[dict[str, Tensor]], device: torch.device) -> dict[str, float]:
+    """The smallest and largest of all micro-batches and ranks; what no micro-batch has is left out. Collective."""
+    if not names:
+        return {}
+    signs = torch.tensor([1.0 if name.endswith("_max") else -1.0 for name in names], device=device)
+    largest = torch.full_like(signs, -torch.inf)
+    for part in sums:
+        largest = torch.maximum(largest, signs * torch.stack([part[name].float() for name in names]))
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=parallel.dp_group())
+    group = parallel.pp_group()
+    dist.broadcast(largest, group=group, group_src=dist.get_world_size(group) - 1)
+    return {name: value for name, value in zip(names, (signs * largest).tolist(), strict=True) if math.isfinite(value)}
 
 
 def bad_rows(sums: list[dict[str, Tensor]], batches: Sequence[MicroBatch]) -> tuple[int, ...]:
@@ -114,6 +132,7 @@ class Means:
         self.tally = 0.0
         self._totals: dict[str, float] = {}
         self._counts: dict[str, float] = {}
+        self._extremes: dict[str, float] = {}
 
     def add(self, result: StepResult) -> None:
         self.tally += result.tally
@@ -121,15 +140,17 @@ class Means:
         for name, value in result.metrics.items():
             if name in result.counts:
                 self._add(name, value, result.counts[name])
+            elif name.endswith(EXTREMES):
+                best = min if name.endswith("_min") else max
+                self._extremes[name] = best(value, self._extremes.get(name, value))
 
     def _add(self, name: str, value: float, count: float) -> None:
         self._totals[name] = self._totals.get(name, 0.0) + value * count
         self._counts[name] = self._counts.get(name, 0.0) + count
 
     def values(self) -> dict[str, float]:
-        return with_margin(
-            {name: total / self._counts[name] for name, total in self._totals.items() if self._counts[name]}
-        )
+        means = {name: total / self._counts[name] for name, total in self._totals.items() if self._counts[name]}
+        return with_margin(means) | self._extremes
 
 
 def with_margin(metrics: dict[str, float]) -> dict[str, float]:

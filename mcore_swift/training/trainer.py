@@ -97,7 +97,10 @@ class Trainer:
             dp_size=place.dp_size,
             pad_multiple=self.plan.length_multiple,
         )
-        wanted = Wanted(recipe.objective.name, unit=self.objective.unit, probes=self.objective.divergence)
+        objective = self.objective
+        wanted = Wanted(
+            recipe.objective.name, unit=objective.unit, probes=objective.divergence, scored=objective.scored
+        )
         return build_loaders(
             recipe.data,
             shape=shape,
@@ -321,6 +324,7 @@ class Trainer:
             model_name=self.source.folder.resolve().name,
             num_parameters=self.model.num_parameters,
             layout=str(self.plan),
+            scored=self.source.scored,
             base_weights=self.model.quantized,
             pipeline=describe(self.source, self.plan, micro_batches=Batches(self.recipe, self.plan).micro_batches),
             world_size=self.plan.world_size,

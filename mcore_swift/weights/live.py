@@ -6,7 +6,7 @@ rank holds, the rules say which Hugging Face tensors those rows are made of.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -120,12 +120,15 @@ def decoded(folder: io.SafetensorsFolder) -> Mapping[str, Spec]:
     return {name: entry for name, entry in folder.entries.items() if name not in stored} | specs
 
 
-def check_coverage(rules: Mapping[str, TensorRule], folder: io.SafetensorsFolder, *, tied: bool) -> None:
+def check_coverage(
+    rules: Mapping[str, TensorRule], folder: io.SafetensorsFolder, *, tied: bool, spare: Collection[str] = ()
+) -> None:
     """Every tensor that the rules need is there, in the right shape, and nothing else is. Reads only headers.
 
-    Raises InputError that lists every tensor that is missing, unexpected or mis-shaped (up to ten of each).
+    `spare`: tensors that may be there for nothing. Raises InputError that lists every tensor that is missing,
+    unexpected or mis-shaped (up to ten of each).
     """
-    ignored = [name for name in folder.entries if name.endswith(IGNORED_SUFFIXES)]
+    ignored = [*spare, *(name for name in folder.entries if name.endswith(IGNORED_SUFFIXES))]
     misfits = hf_misfits(
         rules, decoded(folder), dtypes=DTYPES, ignored=[*ignored, "lm_head.weight"] if tied else ignored
     )
@@ -145,12 +148,18 @@ def load(
     *,
     tied: bool,
     fill: Fill = in_place,
+    spare: Collection[str] = (),
+    optional: Collection[str] = (),
 ) -> None:
     """Fills the model from a Hugging Face folder; this rank reads the byte ranges of its own shards only.
 
-    Rows that pad the vocabulary become 0. Raises InputError for missing, extra, mis-shaped or non-finite tensors.
+    Rows that pad the vocabulary become 0. `spare`: tensors of the folder that are left out; `optional`: global keys of
+    tensors that stay what they are where the folder hasn't got them. Raises InputError for missing, extra, mis-shaped
+    or non-finite tensors.
     """
-    check_coverage(rules, folder, tied=tied)
+    lacking = {key for key in optional if key in rules and rules[key].hf[0] not in folder.entries}
+    rules = {key: rule for key, rule in rules.items() if key not in lacking}
+    check_coverage(rules, folder, tied=tied, spare=spare)
     vocab_size: int = chunks[0].true_vocab_size  # type: ignore[assignment]
     specs = decoded(folder)
     packed = lru_cache(maxsize=1)(partial(_read_packed, folder))  # gate and up are two shards of one slice
@@ -167,7 +176,7 @@ def load(
                 load_shard(shard, rule, folder, vocab_size=vocab_size)
 
     with torch.no_grad():
-        for item in global_tensors(chunks):
+        for item in (item for item in global_tensors(chunks) if item.key not in lacking):
             try:
                 fill(item.data, partial(write, item))
             except InputError as problem:  # perhaps only this rank reads the tensor that is wrong: raise it together

@@ -35,6 +35,7 @@ from mcore_swift.recipe import (
     RuntimeSection,
     ScheduleSection,
 )
+from mcore_swift.recipe_checks.objective import SCORED
 from tests.distributed.harness import prepared, run_ranks
 
 CPU = torch.device("cpu")
@@ -178,7 +179,11 @@ def open_model(recipe: Recipe) -> Any:
     plan = parallel.resolve(recipe.parallel, world_size=int(os.environ["WORLD_SIZE"]))
     platform = prepared()
     parallel.initialize(plan, platform, seed=1)
-    source = read_source(Path(recipe.model.path), mtp_loss_scale=recipe.model.mtp_loss_scale)
+    source = read_source(
+        Path(recipe.model.path),
+        mtp_loss_scale=recipe.model.mtp_loss_scale,
+        as_scored=recipe.objective.name in SCORED,
+    )
     return setup.build(recipe, source, plan, platform)
 
 

@@ -38,12 +38,16 @@ def compute(
     packing: bool = True,
     adapter: AdapterSection | None = None,
     moe: MoeSection | None = None,
+    margins: bool = False,
 ) -> dict[str, Found]:
-    """Each case by name, at the layout. The reference of those that need one is built once, from the first's path."""
+    """Each case by name, at the layout. The reference of those that need one is built once, from the first's path.
+
+    `margins`: pairs that are scored have them.
+    """
     recipe = recipe_for(folder, layout, packing=packing, micro_batch_size=1, adapter=adapter, moe=moe)
     recipe = replace(recipe, data=replace(recipe.data, sequence_length=rows.PACK_LENGTH))
     world_size = parallel.resolve(layout, world_size=None).world_size
-    ranks = run_ranks(_rank, world_size, recipe, dict(cases), timeout=300)
+    ranks = run_ranks(_rank, world_size, recipe, dict(cases), margins, timeout=300)
     for other in ranks[1:]:
         for name, found in other.items():
             assert (found.loss, found.metrics) == (ranks[0][name].loss, ranks[0][name].metrics), name
@@ -53,7 +57,7 @@ def compute(
     }
 
 
-def _rank(recipe: Recipe, cases: dict[str, ObjectiveSection]) -> dict[str, Found]:
+def _rank(recipe: Recipe, cases: dict[str, ObjectiveSection], margins: bool) -> dict[str, Found]:
     from mcore_swift.objectives.registry import build_objective
     from mcore_swift.recipe_checks.objective import reference_of
     from mcore_swift.training import reference, step
@@ -67,7 +71,7 @@ def _rank(recipe: Recipe, cases: dict[str, ObjectiveSection]) -> dict[str, Found
         key = (reference_of(wanted), section.reference_path)
         if key not in references:
             references[key] = reference.build(wanted, model.source, model.models, prepared())
-        batches = micro_batches(wanted, model.source.vocab_size)
+        batches = micro_batches(wanted, model.source.vocab_size, margins=margins)
         gradients: dict[str, torch.Tensor] = {}
 
         def look(gradients: dict[str, torch.Tensor] = gradients) -> Any:
@@ -84,8 +88,10 @@ def _rank(recipe: Recipe, cases: dict[str, ObjectiveSection]) -> dict[str, Found
     return found
 
 
-def micro_batches(recipe: Recipe, vocab_size: int) -> list[MicroBatch]:
+def micro_batches(recipe: Recipe, vocab_size: int, *, margins: bool = False) -> list[MicroBatch]:
     place = parallel.ranks()
+    if recipe.objective.name == "rm":
+        return rows.scored(recipe, vocab_size, place, margins=margins)
     if recipe.objective.name == "kto":
         return rows.judged(recipe, vocab_size, place)
     return rows.pairs(recipe, vocab_size, place, short=recipe.objective.name == "orpo")

@@ -6,6 +6,7 @@ over all. The answers of the packs that the second of two data parallel ranks ge
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +16,11 @@ import torch
 from mcore_swift import parallel
 from mcore_swift.data.batch import MicroBatch, Sequences
 from mcore_swift.data.collate import collate
+from mcore_swift.data.judged_collate import collate_judged
+from mcore_swift.data.judged_samples import Answer
 from mcore_swift.data.samples import Document
 from mcore_swift.data.shape import LoaderShape
+from mcore_swift.data.wanted import Form
 from mcore_swift.recipe import Recipe
 
 # Of each row: labels of the prompt, of the better answer, of the other one.
@@ -24,6 +28,7 @@ LENGTHS = ((3, 17, 9), (8, 5, 22), (2, 12, 12), (11, 6, 4), (4, 2, 3), (1, 4, 2)
 # The rows of each pack; rank r of n data parallel ranks gets the packs r, r + n, … One holds no answers at all.
 PACKS = ((0, 1), (4, 5, 6), (2,), (7,), (3, 8), ())
 PACK_LENGTH = 112
+MARGINS = (0.0, 1.5, 0.3, 0.0, 2.0, 0.7, 1.0, 0.2, 3.0)  # of each row
 
 
 def answers(vocab_size: int) -> list[tuple[list[int], list[int], list[int]]]:
@@ -71,8 +76,25 @@ def judged(recipe: Recipe, vocab_size: int, place: parallel.Ranks) -> list[Micro
     return found
 
 
-def _batch(recipe: Recipe, documents: list[Document], sequences: Sequences) -> MicroBatch:
-    shape = LoaderShape(
+def scored(recipe: Recipe, vocab_size: int, place: parallel.Ranks, *, margins: bool) -> list[MicroBatch]:
+    """This rank's micro-batches of pairs that are scored, made by the loaders' own collation."""
+    form = Form(answers=2, labelled=False, scored=True)
+    found = []
+    for pack in PACKS[place.dp :: place.dp_size]:
+        units = [_scored_pair(row, *answers(vocab_size)[row], margins=margins) for row in pack]
+        samples = [[answer for unit in units for answer in unit]] if recipe.data.packing else units or [[]]
+        packing, shape = recipe.data.packing, _shape(recipe)
+        found.append(collate_judged(samples, form=form, packing=packing, shape=shape, pad_id=0))
+    return found
+
+
+def _scored_pair(row: int, prompt: list[int], *sides: list[int], margins: bool) -> list[Answer]:
+    margin = MARGINS[row] if margins else math.nan
+    return [Answer(*document(prompt, side), row, margin, math.nan, math.nan, False, math.nan) for side in sides]
+
+
+def _shape(recipe: Recipe) -> LoaderShape:
+    return LoaderShape(
         global_batch_size=1,
         micro_batch_size=1,
         sequence_length=PACK_LENGTH,
@@ -80,7 +102,10 @@ def _batch(recipe: Recipe, documents: list[Document], sequences: Sequences) -> M
         dp_size=1,
         pad_multiple=parallel.resolve(recipe.parallel, world_size=None).length_multiple,
     )
-    packing = recipe.data.packing
+
+
+def _batch(recipe: Recipe, documents: list[Document], sequences: Sequences) -> MicroBatch:
+    shape, packing = _shape(recipe), recipe.data.packing
     samples: Any = [documents] if packing else [[each] for each in documents] or [[]]
     batch = collate(samples, packing=packing, shape=shape, pad_id=0)
     if packing:

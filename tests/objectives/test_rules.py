@@ -48,11 +48,15 @@ ALLOWED: list[tuple[dict[str, Any], AdapterSection | None]] = [
     ({"name": "kto", "loss": "apo_zero_unpaired"}, LORA),
     ({"name": "cpo", "loss": "hinge"}, None),
     ({"name": "sft", "dft": True}, None),
+    ({"name": "rm", "centering": 0.01}, LORA),
 ]
 REFUSED: list[tuple[dict[str, Any], AdapterSection | None, str]] = [
     ({"name": "sft", "beta": 0.1}, None, "sft reads dft only"),
     ({"name": "simpo", "loss": "hinge"}, None, "simpo reads beta, gamma"),
     ({"name": "orpo", "reference": "model"}, None, "orpo reads beta only"),
+    ({"name": "rm", "beta": 0.1}, None, "rm reads centering only"),
+    ({"name": "rm", "centering": -0.1}, None, "at least 0"),
+    ({"name": "rm"}, AdapterSection(name="reft"), "which reft's folder has no place for"),
     ({"name": "kto", "loss": "sigmoid"}, None, "kto has no such loss; allowed: kto, apo_zero_unpaired"),
     ({"name": "cpo", "loss": "robust"}, None, "cpo has no such loss"),
     ({"name": "dpo", "losses": {"simoid": 1.0}}, None, "dpo has no such loss"),
@@ -170,6 +174,7 @@ OTHER: dict[str, list[dict[str, Any]]] = {
     "desirable_weight": [{"desirable_weight": 1.5}],
     "undesirable_weight": [{"undesirable_weight": 1.5}],
     "dft": [{"dft": True}],
+    "centering": [{"centering": 0.3}],
 }
 
 

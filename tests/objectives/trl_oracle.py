@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tests.objectives.rows import answers
+from tests.objectives.rows import MARGINS, answers
 
 NAMES = {
     "rewards/chosen": "reward_chosen",
@@ -27,6 +27,11 @@ NAMES = {
     "nll_loss": "nll",
     "log_odds_chosen": "log_odds",
     "kl": "kl",
+    "accuracy": "accuracy",
+    "margin": "margin",
+    "min_reward": "min_reward",
+    "mean_reward": "mean_reward",
+    "max_reward": "max_reward",
 }
 ARGUMENTS: dict[str, Any] = {
     "use_cpu": True,
@@ -181,6 +186,36 @@ def kto(folder: Path, reference: Path, cases: Mapping[str, Mapping[str, Any]]) -
             if case.get("loss_type", "kto") != "kto":
                 metrics.pop("kl")
             found[name] = result(loss, metrics, model)
+    return found
+
+
+def rm(folder: Path, margins: bool, cases: Mapping[str, Mapping[str, Any]]) -> dict[str, Result]:
+    """trl.RewardTrainer with each case's RewardConfig; all parameters are trained."""
+    alone()
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification
+    from trl.trainer.reward_config import RewardConfig
+    from trl.trainer.reward_trainer import RewardTrainer
+
+    opened: Any = AutoModelForSequenceClassification
+    model = opened.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    size = model.config.vocab_size
+    rows: list[dict[str, Any]] = [{"chosen_ids": p + c, "rejected_ids": p + r} for p, c, r in answers(size)]
+    if margins:
+        rows = [row | {"margin": margin} for row, margin in zip(rows, MARGINS, strict=True)]
+    found = {}
+    for name, case in cases.items():
+        with tempfile.TemporaryDirectory() as place:
+            trainer: Any = RewardTrainer(
+                model=model,
+                args=RewardConfig(output_dir=place, **ARGUMENTS, **case),
+                train_dataset=Dataset.from_list([{"chosen": "w2 w3 w4", "rejected": "w2 w3 w5"}]),
+                processing_class=tokenizer(size),
+            )
+            model.train().zero_grad()
+            loss = trainer.compute_loss(model, trainer.data_collator(rows))
+            loss.backward()
+            found[name] = result(loss, trainer._metrics["train"], model)
     return found
 
 
