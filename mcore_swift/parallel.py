@@ -270,3 +270,13 @@ def raise_together(error: Exception | None) -> None:
     for problem in errors:
         if problem is not None:
             raise problem
+
+
+def on_all_ranks(value: bool) -> bool:
+    """Whether `value` is true on every rank. Collective."""
+    import torch
+    import torch.distributed as dist
+
+    flag = torch.tensor(int(value), device=torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag.item())

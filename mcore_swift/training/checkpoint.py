@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
     from torch.nn import Module
 
-    from mcore_swift.weights.dist_checkpoint import PendingWrite
+    from mcore_swift.weights.dist_checkpoint import PendingWrite, Saver
     from mcore_swift.weights.live import Fill
 
 __all__ = ["CheckpointManager", "TrainState", "checkpoint_source", "is_checkpoint", "load_weights"]
@@ -135,7 +135,7 @@ class CheckpointManager:
         self.section, self.source, self.recipe_text, self.plan = section, source, recipe_text, plan
         self.run_dir, self.folder = run_dir, run_dir / "checkpoints"
         self.seed = int(yaml.safe_load(recipe_text)["runtime"]["seed"])
-        self._sharing: Any = None  # what Megatron remembers of how data parallel ranks share the writing
+        self._saver: Saver | None = None
         self._pending: _Save | None = None
         self._committed: Path | None = None  # by a synchronous save; `poll` tells of it
         self._foreign = section.resume == "never"  # what is there belongs to another run
@@ -251,8 +251,8 @@ class CheckpointManager:
         items = model.everything()
         if self.section.optimizer:
             items += optimizer_state.optimizer_items(optimizer, model.parts)
-        self._sharing = self._sharing or dist_checkpoint.sharing()
-        write = dist_checkpoint.prepare(items, folder, self._sharing)
+        self._saver = self._saver or dist_checkpoint.Saver()
+        write = self._saver.prepare(items, folder)
         random_states = rng.get_states()
 
         def work() -> None:
@@ -273,14 +273,16 @@ class CheckpointManager:
         if self._pending is None:
             committed, self._committed = self._committed, None
             return committed
-        return self._complete() if _all_ranks(not self._pending.thread.is_alive()) else None
+        return self._complete() if parallel.on_all_ranks(not self._pending.thread.is_alive()) else None
 
     def finish(self) -> Path | None:
         """Waits for the save under way, if there is one, and commits it."""
-        if self._pending is None:
-            return None
-        self._pending.thread.join()
-        return self._complete()
+        committed = None
+        if self._pending is not None:
+            self._pending.thread.join()
+            committed = self._complete()
+        self.attempt.settle()
+        return committed
 
     def _begin(self, step: int) -> Path:
         """Makes the save's folder; the same one on all ranks."""
@@ -375,15 +377,6 @@ def _os_error(error: BaseException | None) -> OSError | None:
     while error is not None and not isinstance(error, OSError):
         error = error.__cause__ or error.__context__
     return error
-
-
-def _all_ranks(value: bool) -> bool:
-    import torch
-    import torch.distributed as dist
-
-    flag = torch.tensor(int(value), device=torch.cuda.current_device() if dist.get_backend() == "nccl" else "cpu")
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag.item())
 
 
 def _largest(value: int) -> int:

@@ -16,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 from pathlib import Path
 
 from mcore_swift.errors import NeverRestart
@@ -28,6 +29,7 @@ class AttemptFolder:
 
     def __init__(self, checkpoints: Path, number: int) -> None:
         self.checkpoints, self.number = checkpoints, number
+        self._clearing: threading.Thread | None = None
 
     @property
     def path(self) -> Path:
@@ -102,9 +104,23 @@ class AttemptFolder:
             raise
 
     def clear(self) -> None:
-        """Deletes what was discarded, and what a failed save has left."""
-        for path in self.path.glob("*"):
-            shutil.rmtree(path, ignore_errors=True)
+        """Starts to delete what was discarded, and what a failed save has left: big files take a while."""
+        self.settle()
+        doomed = list(self.path.glob("*"))  # not what the next save puts there
+
+        def delete() -> None:
+            for path in doomed:
+                shutil.rmtree(path, ignore_errors=True)
+
+        if doomed:
+            self._clearing = threading.Thread(target=delete, name="checkpoint-clearing", daemon=True)
+            self._clearing.start()
+
+    def settle(self) -> None:
+        """Waits until what `clear` was called for is gone."""
+        if self._clearing is not None:
+            self._clearing.join()
+            self._clearing = None
 
 
 def _numbers(checkpoints: Path) -> list[int]:

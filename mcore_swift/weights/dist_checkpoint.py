@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from mcore_swift import parallel
 from mcore_swift.errors import DamagedCheckpoint, InputError, nearest
+from mcore_swift.weights.host_copies import HostCopies
 from mcore_swift.weights.live import ADAPTERS, sharded_state
 
 if TYPE_CHECKING:
@@ -123,34 +124,66 @@ class PendingWrite:
         parallel.on_first_rank(write_index)
 
 
-def sharing() -> FullyParallelSaveStrategyWrapper:
-    """Shares out what several data parallel ranks hold; decided at the first save and kept for the run's others."""
-    return FullyParallelSaveStrategyWrapper(None, parallel.dp_group(), do_cache_distribution=True)  # type: ignore[arg-type]
+class Saver:
+    """Prepares the saves of a run, and keeps what doesn't change from one to the next.
 
-
-def prepare(items: Iterable[Item], folder: Path, share: FullyParallelSaveStrategyWrapper) -> PendingWrite:
-    """Copies this rank's share of `items` to the CPU and plans where it goes. Collective.
-
-    Training may change the tensors as soon as this returns. `folder` must exist and hold no checkpoint.
+    That is: how data parallel ranks share out what several of them hold, the ranks' plans as they were merged, and the
+    memory that snapshots lie in.
     """
-    wanted: dict[str, Item] = {str(number): item for number, item in enumerate(items)}
-    # Megatron's loader wants a place for what is not sharded; there is nothing here that is not.
-    wanted["common"] = ShardedObject("common_state", {}, (1,), (0,), replica_id=dist.get_rank())
-    if dist.get_world_size(parallel.dp_group()) > 1:
-        share.apply_saving_parallelization(wanted)
-    by_key: dict[str, list[Any]] = {}
-    for item in wanted.values():
-        if is_main_replica(item.replica_id):
-            by_key.setdefault(_storage_key(item), []).append(_snapshot(item))
-    state = mcore_to_pyt_state_dict(by_key, False)
 
-    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False)
-    first = dist.get_rank() == 0
-    writer = FileSystemWriter(folder, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
-    planner.set_up_planner(state, is_coordinator=first)
-    writer.set_up_storage_writer(first)
-    plan, metadata = _global_plan(planner.create_local_plan(), planner, writer)
-    return PendingWrite(folder, writer, planner, planner.finish_plan(plan), metadata)
+    def __init__(self) -> None:
+        self._sharing = FullyParallelSaveStrategyWrapper(None, parallel.dp_group(), do_cache_distribution=True)  # type: ignore[arg-type]
+        self._copies = HostCopies()
+        self._planned: _Planned | None = None
+
+    def prepare(self, items: Iterable[Item], folder: Path) -> PendingWrite:
+        """Copies this rank's share of `items` to the host's memory and plans where it goes. Collective.
+
+        Training may change the tensors as soon as this returns. The `PendingWrite` of the call before must have been
+        written: its memory is used again. `folder` must exist and hold no checkpoint.
+        """
+        state = mcore_to_pyt_state_dict(self._snapshot(self._share(items)), False)
+        planner = MCoreSavePlanner(
+            dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
+        )
+        first = dist.get_rank() == 0
+        writer = FileSystemWriter(folder, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
+        planner.set_up_planner(state, is_coordinator=first)
+        writer.set_up_storage_writer(first)
+        local = planner.create_local_plan()
+        if not parallel.on_all_ranks(self._planned is not None and self._planned.local == local):
+            self._planned = _Planned(local, *_global_plan(local, planner, writer))
+        assert self._planned is not None
+        plan = planner.finish_plan(self._planned.whole)
+        return PendingWrite(folder, writer, planner, plan, self._planned.metadata)
+
+    def _share(self, items: Iterable[Item]) -> list[Item]:
+        """What of `items` this rank writes."""
+        wanted: dict[str, Item] = {str(number): item for number, item in enumerate(items)}
+        # Megatron's loader wants a place for what is not sharded; there is nothing here that is not.
+        wanted["common"] = ShardedObject("common_state", {}, (1,), (0,), replica_id=dist.get_rank())
+        if dist.get_world_size(parallel.dp_group()) > 1:
+            self._sharing.apply_saving_parallelization(wanted)
+        return [item for item in wanted.values() if is_main_replica(item.replica_id)]
+
+    def _snapshot(self, items: Sequence[Item]) -> dict[str, list[Any]]:
+        """The items, by key, with their data copied; objects are serialized for the plan, which copies them too."""
+        tensors = [item for item in items if isinstance(item, ShardedTensor)]
+        copies = iter(self._copies.take([item.data for item in tensors if item.data is not None]))
+        by_key: dict[str, list[Any]] = {}
+        for item in items:
+            copied = replace(item, data=next(copies)) if isinstance(item, ShardedTensor) else item
+            by_key.setdefault(_storage_key(item), []).append(copied)
+        return by_key
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """This rank's plan, and what became of it when all ranks' plans were merged."""
+
+    local: SavePlan
+    whole: SavePlan
+    metadata: Metadata | None  # on the first rank
 
 
 def _global_plan(
@@ -175,15 +208,6 @@ def _global_plan(
 
 def _storage_key(item: Item) -> str:
     return item.unique_key if isinstance(item, ShardedObject) else item.key
-
-
-def _snapshot(item: Item) -> Item:
-    """The item with its data copied; objects are serialized when the plan is made, which copies them too."""
-    if isinstance(item, ShardedObject):
-        return item
-    assert item.data is not None
-    data = item.data.detach()
-    return replace(item, data=data.clone().contiguous() if data.device.type == "cpu" else data.cpu())
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------

@@ -257,6 +257,33 @@ def test_training_goes_on_while_it_is_written(model_folder: Path, tmp_path: Path
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+def repeated_rank(recipe: Recipe) -> Any:
+    """Saves three times; (plans merged, places in memory) after each, what was held then, and what is loaded."""
+    from mcore_swift.weights import dist_checkpoint
+
+    run, merged, merge = Run(recipe), [], dist_checkpoint._global_plan
+    dist_checkpoint._global_plan = lambda *args: merged.append(1) or merge(*args)  # type: ignore[func-returns-value]
+    seen = []
+    for _ in range(3):
+        run.train(1)
+        run.save()
+        run.manager.finish()
+        assert run.manager._saver is not None
+        buffers = run.manager._saver._copies._buffers.values()
+        seen.append((len(merged), sorted(copy.data_ptr() for group in buffers for copy in group)))
+    shards = run.shards()
+    run.train(1)
+    run.load()
+    return seen, shards, run.shards()
+
+
+def test_later_saves_use_plan_and_memory_of_the_first(model_folder: Path, tmp_path: Path) -> None:
+    recipe = with_checkpoints(recipe_for(model_folder, layout("DP2")), tmp_path)
+    for seen, shards, loaded in run_ranks(repeated_rank, 2, recipe):
+        assert seen[0][0] == 1 and seen[0][1] and seen == [seen[0]] * 3
+        assert all(torch.equal(old[3], new[3]) for old, new in zip(shards, loaded, strict=True))
+
+
 def synchronous_rank(recipe: Recipe) -> Any:
     run = Run(recipe)
     run.train(1)
