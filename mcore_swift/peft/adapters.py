@@ -188,6 +188,8 @@ def attach(
             if next(chunk.parameters()).is_cuda:
                 frozen.lighten_norms(chunk)
         chunk.adapters.add(adapter, branches)
+        if not beside:
+            frozen.join_gates(chunk)
     return names
 
 

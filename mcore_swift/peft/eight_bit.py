@@ -27,7 +27,7 @@ WEIGHTS = torch.float8_e4m3fn
 def in_eight_bits(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """values → (codes of FP8 type `dtype`, shaped alike; float32 [1]: what they are multiplied by)."""
     if values.is_cuda:
-        held = _quantizer(dtype)(values)
+        held = _quantizer(dtype).quantize_impl(values)
         return held._data.view(dtype), held._scale_inv
     largest = torch.finfo(dtype).max
     scale = largest / values.abs().amax().float()

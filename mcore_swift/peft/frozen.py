@@ -1,9 +1,12 @@
 """A frozen linear layer and the LoRA beside it as one step of autograd, where a rank holds all of the layer.
 
-out = y Wᵀ + scaling · (y Aᵀ) Bᵀ, y being the layer's input, or its RMSNorm where Transformer Engine has that in the
-layer. Beside the layer's own matrix products that is one small product, and one that is added to the output in place.
-In the backward pass the branch's part is added to the layer's input gradient in place, and nothing is kept but the
-input: a norm is taken again. The weights need no gradient, and neither does the norm's scale, so none is computed.
+out = y Wᵀ + scaling · (y Aᵀ) Bᵀ. y is the layer's input; its RMSNorm, where Transformer Engine has that in the layer;
+or SwiGLU of what the layer before it gives, at the end of a gated MLP. Only the input is kept: y is computed again.
+The weights and the norm's scale get no gradient, so none is computed. In the backward pass the branch's part is added
+to the layer's input gradient in place, and the gradients of A and B straight to Megatron's main gradients.
+
+In BF16, where y is written anyway, B stands beside W in one matrix, [W B], and scaling · y Aᵀ beside y: then the
+forward pass of the branch is a few more columns of the layer's own product.
 
 Autograd would do the same in many more steps, and a layer of Transformer Engine takes longer to be called than such a
 layer to be computed: with both of them, one pack of 4,096 tokens keeps an H100 waiting for its process.
@@ -13,8 +16,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,56 +30,145 @@ if TYPE_CHECKING:
     from mcore_swift.peft.lora import LoraBranch
 
 
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm of rows."""
+
+    weight: Tensor
+    eps: float
+
+    def forward(self, inputs: Tensor, out: Tensor) -> Tensor:
+        """inputs [rows, n] → out, alike; returns what `backward` wants to know of it."""
+        if inputs.is_cuda:
+            return _kernels().norm(inputs, self.weight, self.eps, out)
+        reciprocal = (inputs.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        out.copy_(inputs * reciprocal * self.weight)
+        return reciprocal
+
+    def backward(self, grad: Tensor, inputs: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of the inputs from that of `out`, and `out` again."""
+        if inputs.is_cuda:
+            return _kernels().norm_backward(grad, inputs, self.weight, kept, again=True)
+        unit, scaled = inputs * kept, grad * self.weight
+        return kept * (scaled - unit * (scaled * unit).mean(-1, keepdim=True)), unit * self.weight
+
+
+@dataclass(frozen=True)
+class Swiglu:
+    """silu(gate) · up of rows of both."""
+
+    def forward(self, inputs: Tensor, out: Tensor) -> None:
+        """inputs [rows, 2 · n] → out [rows, n]."""
+        if inputs.is_cuda:
+            _kernels().swiglu(inputs, out)
+            return
+        gate, up = inputs.chunk(2, dim=-1)
+        out.copy_(nn.functional.silu(gate) * up)
+
+    def backward(self, grad: Tensor, inputs: Tensor, kept: None) -> tuple[Tensor, Tensor]:
+        """The gradient of the inputs from that of `out`, and `out` again."""
+        if inputs.is_cuda:
+            return _kernels().swiglu_backward(grad, inputs)
+        gate, up = inputs.chunk(2, dim=-1)
+        share = gate.sigmoid()
+        silu = gate * share
+        return torch.cat([grad * up * (share + silu * (1 - share)), grad * silu], dim=-1), silu * up
+
+
 class FrozenLinear:
     """Stands in for the forward call of a layer with one LoRA branch.
 
     It steps aside, for the layer's own call and the branch's hook, where another adapter acts or a parameter of the
-    layer is trained. `took`: whether the last call did all, the branch's part included.
+    layer is trained. `took`: whether the last call did all, the branch's part included. `gated`: whether the input is
+    that of SwiGLU.
     """
 
     def __init__(self, branch: LoraBranch, *, single: Callable[[], bool]) -> None:
         """`single`: whether no more than this branch acts on the layer, on all positions alike."""
         self.branch, self.site, self.single = branch, branch.site, single
         self.own = branch.site.module.forward
-        self.took = False
+        self.took = self.gated = False
+        self.norm = Norm(branch.site.module.layer_norm_weight, branch.site.module.eps) if _has_norm(branch) else None  # type: ignore[arg-type]
+        self.wide: Tensor | None = None  # [W B]
+        self.a: Tensor | None = None  # [parts · rank, columns]; None before the first call
+        self.b: Tensor  # [rows, parts · rank]
+        self._places: list[Tensor] = []  # where each B belongs in it
+        self._empty: dict[int, Tensor] = {}
+
+    def alone(self) -> bool:
+        """Whether the next call does all."""
+        parameters = self.site.module._parameters.values()
+        return self.single() and not any(parameter.requires_grad for parameter in parameters if parameter is not None)
+
+    @property
+    def preparation(self) -> Norm | Swiglu | None:
+        return Swiglu() if self.gated else self.norm
 
     def __call__(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
-        module = self.site.module
-        trained = any(parameter.requires_grad for parameter in module._parameters.values() if parameter is not None)
-        self.took = not trained and self.single()
+        self.took = self.alone()
         if not self.took:
+            self._part()
             return self.own(inputs, *args, **kwargs)
+        if self.branch.acts:
+            self._gather()
         every = [*self.branch.lora_A.values(), *self.branch.lora_B.values()] if self.branch.acts else []
         out = _FrozenLinear.apply(inputs, self, *every)
-        return out, bias_of(module)[1]
+        return out, bias_of(self.site.module)[1]
 
-    # --- what the step of autograd computes: tensors are [tokens, …] --------------------------------------------------
+    # --- the branch's matrices, in one piece --------------------------------------------------------------------------
 
-    def normed(self, inputs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The linear layer's input, and the reciprocal root mean squares of its rows if it is normed."""
-        module: Any = self.site.module
-        if not _has_norm(module):
-            return inputs, None
-        return torch.ops.aten._fused_rms_norm(inputs, [inputs.size(-1)], module.layer_norm_weight, module.eps)
+    @torch.no_grad()
+    def _gather(self) -> None:
+        """Brings A and B up to date; they may have changed since the last call."""
+        branch, weight = self.branch, self.site.weight
+        if self.a is None:
+            width = branch.settings.rank * len(branch.lora_A)
+            if self._extends(width):
+                self.wide = torch.cat([weight.data, weight.new_zeros(weight.size(0), width)], dim=1)
+                weight.data = self.wide[:, : weight.size(1)]
+                self.b = self.wide[:, weight.size(1) :]
+            else:
+                self.b = weight.new_zeros(weight.size(0), width)
+            self._places = [branch.columns_of(part, self.b) for part in branch.parts]
+            self.a = weight.new_empty(width, weight.size(1))
+        torch.cat(list(branch.lora_A.values()), out=self.a)
+        for part, place in zip(branch.parts, self._places, strict=True):
+            place.copy_(branch.lora_B[part.leaf].view(place.shape))
 
-    def through_norm(self, grad: Tensor, inputs: Tensor, reciprocal: Tensor) -> Tensor:
-        """The norm's input gradient from that of its output."""
-        weight = cast(Tensor, self.site.module.layer_norm_weight)
-        if inputs.is_cuda:
-            operation = torch.ops.aten._fused_rms_norm_backward
-            return operation(grad, inputs, [inputs.size(-1)], reciprocal, weight, [True, False])[0]
-        unit, scaled = inputs * reciprocal, grad * weight
-        return (reciprocal * (scaled - unit * (scaled * unit).mean(-1, keepdim=True))).to(inputs.dtype)
+    def _extends(self, width: int) -> bool:
+        """Whether B is to stand beside the weight: rows then begin at multiples of 16 bytes, as matrix units want."""
+        weight = self.site.weight
+        held = hasattr(self.site.module, "quantized_weight")
+        return weight.is_cuda and weight.dtype == torch.bfloat16 and not held and not (width % 8 or weight.size(1) % 8)
+
+    def _part(self) -> None:
+        """The weight is alone again: the layer's own call may not take one with gaps between its rows."""
+        if self.wide is not None:
+            self.site.weight.data = self.site.weight.data.contiguous()
+        self.a = self.wide = None
+
+    def given(self, parameter: nn.Parameter, grad: Tensor) -> Tensor:
+        """Adds a gradient to the parameter's main gradient, if it has one; what autograd then gets is empty."""
+        main: Tensor | None = getattr(parameter, "main_grad", None)
+        if main is None or not hasattr(parameter, "grad_added_to_main_grad"):
+            return grad.reshape(parameter.shape)
+        main.view(grad.shape).add_(grad)
+        parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        if id(parameter) not in self._empty:
+            self._empty[id(parameter)] = torch.empty_like(parameter)
+        return self._empty[id(parameter)].detach()
+
+    # --- the layer's own products -------------------------------------------------------------------------------------
 
     def product(self, inputs: Tensor) -> Tensor:
+        """[tokens, columns] → [tokens, rows], without the bias."""
         held = getattr(self.site.module, "quantized_weight", None)
-        out = held.product(inputs) if isinstance(held, EightBitWeight) else inputs @ self.site.values().t()
-        bias = bias_of(self.site.module)[0]
-        return out if bias is None else out.add_(bias)
+        return held.product(inputs) if isinstance(held, EightBitWeight) else torch.mm(inputs, self.site.values().t())
 
     def input_gradient(self, grad: Tensor) -> Tensor:
+        """[tokens, rows] → [tokens, columns]."""
         held = getattr(self.site.module, "quantized_weight", None)
-        return held.input_gradient(grad) if isinstance(held, EightBitWeight) else grad @ self.site.values()
+        return held.input_gradient(grad) if isinstance(held, EightBitWeight) else torch.mm(grad, self.site.values())
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -83,38 +176,50 @@ class _FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, layer: FrozenLinear, *parameters: Tensor) -> Tensor:
-        flat = inputs.flatten(0, -2)
-        normed, reciprocal = layer.normed(flat)
-        out = layer.product(normed)
-        ctx.layer = layer
+        flat, kept, low = inputs.flatten(0, -2).contiguous(), None, None
+        width, rank = layer.site.weight.size(1), layer.b.size(1) if parameters else 0
+        preparation, scaling = layer.preparation, layer.branch.settings.scaling
+        wide = layer.wide if parameters and preparation is not None else None
+        whole = prepared = flat
+        if preparation is not None:
+            whole = flat.new_empty(flat.size(0), width + (rank if wide is not None else 0))
+            prepared = whole[:, :width]
+            kept = preparation.forward(flat, prepared)
         if parameters:
-            a, b = layer.branch.all_a(), layer.branch.all_b()
-            low = normed @ a.t()
-            out.addmm_(low, b.t(), alpha=layer.branch.settings.scaling)
-            ctx.save_for_backward(flat, reciprocal, low, a, b)
+            assert layer.a is not None
+            low = flat.new_empty(flat.size(0), rank) if wide is None else whole[:, width:]
+            low.addmm_(prepared, layer.a.t(), beta=0, alpha=scaling)
+        if wide is not None and low is not None:
+            out, low = torch.mm(whole, wide.t()), low.clone()
         else:
-            ctx.save_for_backward(flat if reciprocal is not None else None, reciprocal)
+            out = layer.product(prepared)
+            if low is not None:
+                out.addmm_(low, layer.b.t())
+        if (bias := bias_of(layer.site.module)[0]) is not None:
+            out.add_(bias)
+        ctx.layer, ctx.preparation = layer, preparation
+        ctx.save_for_backward(flat if parameters or preparation is not None else None, kept, low, *parameters)
         return out.view(*inputs.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layer: FrozenLinear = ctx.layer
-        flat, reciprocal, *branch = ctx.saved_tensors
-        grad = grads[0].flatten(0, -2)
-        wanted = ctx.needs_input_grad[0]
-        back = layer.input_gradient(grad) if wanted else None
+        flat, kept, low, *parameters = ctx.saved_tensors
+        grad = grads[0].flatten(0, -2).contiguous()
+        back = layer.input_gradient(grad)
+        low_grad = None
+        if low is not None:
+            assert layer.a is not None
+            low_grad = torch.empty_like(low).addmm_(grad, layer.b, beta=0, alpha=layer.branch.settings.scaling)
+            back.addmm_(low_grad, layer.a)
+        prepared: Any = flat
+        if ctx.preparation is not None:
+            back, prepared = ctx.preparation.backward(back, flat, kept)
         own: list[Tensor] = []
-        if branch:
-            low, a, b = branch
-            low_grad = (grad @ b).mul_(layer.branch.settings.scaling)
-            if back is not None:
-                back.addmm_(low_grad, a)
-            own = layer.branch.shares(
-                low_grad.t() @ layer.normed(flat)[0], (grad.t() @ low).mul_(layer.branch.settings.scaling)
-            )
-        if back is not None and reciprocal is not None:
-            back = layer.through_norm(back, flat, reciprocal)
-        return back.view(*grads[0].shape[:-1], -1) if back is not None else None, None, *own
+        if low_grad is not None:
+            own = layer.branch.shares(low_grad.t() @ prepared, grad.t() @ low)
+            own = [layer.given(parameter, share) for parameter, share in zip(parameters, own, strict=True)]
+        return back.view(*grads[0].shape[:-1], -1), None, *own
 
 
 def fits(branch: LoraBranch) -> bool:
@@ -124,7 +229,7 @@ def fits(branch: LoraBranch) -> bool:
     plain = site.split == "none" and not settings.dora and not settings.dropout
     if not plain or not isinstance(module, linear_layers()) or module.weight.dim() != 2:
         return False
-    if _has_norm(module) and (module.normalization != "RMSNorm" or module.zero_centered_gamma):
+    if _has_norm(branch) and (module.normalization != "RMSNorm" or module.zero_centered_gamma):
         return False
     # Otherwise Transformer Engine computes the layer in FP8, and keeps copies of its weights for that.
     return not getattr(module.config, "fp8", None) or isinstance(
@@ -132,8 +237,8 @@ def fits(branch: LoraBranch) -> bool:
     )
 
 
-def _has_norm(module: nn.Module) -> bool:
-    return getattr(module, "layer_norm_weight", None) is not None
+def _has_norm(branch: LoraBranch) -> bool:
+    return getattr(branch.site.module, "layer_norm_weight", None) is not None
 
 
 def bias_of(module: Any) -> tuple[Tensor | None, Tensor | None]:
@@ -143,8 +248,54 @@ def bias_of(module: Any) -> tuple[Tensor | None, Tensor | None]:
     return (None, bias) if handed else (bias, None)
 
 
+def _kernels() -> Any:
+    return importlib.import_module("mcore_swift.peft.kernels")
+
+
+# --- in a model -------------------------------------------------------------------------------------------------------
+
+
+def join_gates(chunk: nn.Module) -> None:
+    """Lets the last layer of each gated MLP, if it is such a layer, compute the SwiGLU before it."""
+    from megatron.core.transformer.mlp import MLP
+
+    every: list[Any] = list(chunk.modules())
+    for mlp in every:
+        if type(mlp) is MLP and isinstance(mlp.linear_fc2.forward, FrozenLinear) and _is_swiglu(mlp):
+            mlp.forward = partial(_gated, mlp, mlp.forward)
+
+
+def _is_swiglu(mlp: Any) -> bool:
+    config, last = mlp.config, mlp.linear_fc2.forward
+    plain = config.activation_func_clamp_value is None and not config.glu_linear_offset
+    gated = config.gated_linear_unit and config.activation_func is nn.functional.silu and not config.add_bias_linear
+    return gated and plain and not config.use_te_activation_func and not last.site.expert
+
+
+def _gated(mlp: Any, own: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    last: FrozenLinear = mlp.linear_fc2.forward
+    last.gated = last.alone() and not args and not any(value is not None for value in kwargs.values())
+    return mlp.linear_fc2(mlp.linear_fc1(hidden)[0]) if last.gated else own(hidden, *args, **kwargs)
+
+
+class _FrozenNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, norm: Norm) -> Tensor:
+        flat = inputs.reshape(-1, inputs.size(-1)).contiguous()
+        out = torch.empty_like(flat)
+        ctx.norm = norm
+        ctx.save_for_backward(flat, norm.forward(flat, out))
+        return out.view(inputs.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        flat, kept = ctx.saved_tensors
+        grad = grads[0].reshape(flat.shape).contiguous()
+        return _kernels().norm_backward(grad, flat, ctx.norm.weight, kept, again=False)[0].view(grads[0].shape), None
+
+
 def lighten_norms(chunk: nn.Module) -> None:
-    """Lets torch compute the frozen RMSNorms that are Transformer Engine modules of their own.
+    """Takes over the frozen RMSNorms that are Transformer Engine modules of their own.
 
     Those take several times as long to be called, and compute the gradient of a scale that nobody trains.
     """
@@ -152,6 +303,5 @@ def lighten_norms(chunk: nn.Module) -> None:
     norms: list[Any] = [module for module in chunk.modules() if isinstance(module, kind)]
     for module in norms:
         if not module.weight.requires_grad and not module.zero_centered_gamma:
-            module.forward = partial(
-                nn.functional.rms_norm, normalized_shape=module.weight.shape, weight=module.weight, eps=module.eps
-            )
+            norm = Norm(module.weight, module.eps)
+            module.forward = lambda inputs, norm=norm: _FrozenNorm.apply(inputs, norm)

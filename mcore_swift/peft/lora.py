@@ -188,24 +188,20 @@ class LoraBranch(nn.Module):
         if len(self.site.parts) == 1:
             b = self.lora_B[self.parts[0].leaf]
         else:
-            rank = self.settings.rank
-            rows = self.site.weight.size(0)
-            b = self.site.weight.new_zeros(rows, rank * len(self.lora_A))
-            for number, part in enumerate(self.parts):
-                number = 0 if self.settings.share_a else number
-                place = self.site.rows_of(part, b)[..., number * rank : (number + 1) * rank]
+            b = self.site.weight.new_zeros(self.site.weight.size(0), self.settings.rank * len(self.lora_A))
+            for part in self.parts:
+                place = self.columns_of(part, b)
                 place.copy_(self.lora_B[part.leaf].view(place.shape))
         return b if self.site.split == "rows" else self._shared(b)
 
     def shares(self, a: Tensor, b: Tensor) -> list[Tensor]:
         """The gradients of every A and every B, in the order that they are held, from those of `all_a` and `all_b`."""
-        rank = self.settings.rank
-        found = list(a.split(rank))
-        for number, part in enumerate(self.parts):
-            number = 0 if self.settings.share_a else number
-            rows = self.site.rows_of(part, b)[..., number * rank : (number + 1) * rank]
-            found.append(rows.reshape(part.local_rows, rank))
-        return found
+        return [*a.split(self.settings.rank), *(self.columns_of(part, b) for part in self.parts)]
+
+    def columns_of(self, part: Part, b: Tensor) -> Tensor:
+        """A view of where the B of `part` is in one like `all_b`: [groups, rows / groups, rank]."""
+        number = 0 if self.settings.share_a else self.parts.index(part)
+        return self.site.rows_of(part, b)[..., number * self.settings.rank : (number + 1) * self.settings.rank]
 
     @torch.no_grad()
     def merged(self) -> Tensor:

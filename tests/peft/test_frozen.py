@@ -6,6 +6,9 @@ have a norm inside, and FP8 are not to be had on the CPU: layers with the same a
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -75,10 +78,14 @@ def by_autograd(branch: LoraBranch, module: NormedLinear, inputs: Tensor) -> Ten
     return branch.adapted(normed, out)
 
 
-@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize(("norm", "beside"), [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize("bias", ["none", "added", "handed"])
 @pytest.mark.parametrize(("adapted", "share"), [(("q", "k", "v"), False), (("q", "v"), False), (("q", "k", "v"), True)])
-def test_one_step_of_autograd_is_the_many(norm: bool, bias: str, adapted: tuple[str, ...], share: bool) -> None:
+def test_one_step_of_autograd_is_the_many(
+    norm: bool, beside: bool, bias: str, adapted: tuple[str, ...], share: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`beside`: B stands beside the weight, as in BF16 on a GPU."""
+    monkeypatch.setattr(FrozenLinear, "_extends", lambda self, width: beside)
     module = NormedLinear(norm=norm, bias=bias)
     branch = branch_on(module, replace(SETTINGS, share_a=share), adapted)
     module.return_layernorm_output = True
@@ -92,24 +99,73 @@ def test_one_step_of_autograd_is_the_many(norm: bool, bias: str, adapted: tuple[
     fused = FrozenLinear(branch, single=lambda: True)
     found, handed = fused(inputs)
     assert fused.took
+    assert (fused.wide is not None) == beside
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert (handed is module.bias) == (bias == "handed")
     grads = torch.autograd.grad((found * weights).sum(), wanted)
     for grad, other in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, other, rtol=1e-11, atol=1e-11)
 
+    with torch.no_grad():  # an optimizer's step, told to nobody
+        for parameter in branch.parameters():
+            parameter.data += 0.1
+    torch.testing.assert_close(fused(inputs)[0], by_autograd(branch, module, inputs), rtol=1e-12, atol=1e-12)
 
-def test_it_steps_aside() -> None:
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_swiglu_before_the_layer(beside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FrozenLinear, "_extends", lambda self, width: beside)
+    module = NormedLinear(norm=False, bias="none")
+    branch = branch_on(module, SETTINGS, ("q", "k", "v"))
+    inputs, weights = torch.randn(5, 3, 2 * COLUMNS, requires_grad=True), torch.randn(5, 3, ROWS)
+    module.return_layernorm_output = False
+    wanted = [inputs, *branch.parameters()]
+    gate, up = inputs.chunk(2, dim=-1)
+    hidden = nn.functional.silu(gate) * up
+    expected = branch.adapted(hidden, module(hidden)[0])
+    fused = FrozenLinear(branch, single=lambda: True)
+    fused.gated = True
+    found = fused(inputs)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    for grad, other in zip(
+        torch.autograd.grad((found * weights).sum(), wanted),
+        torch.autograd.grad((expected * weights).sum(), wanted),
+        strict=True,
+    ):
+        torch.testing.assert_close(grad, other, rtol=1e-11, atol=1e-11)
+
+
+def test_main_gradients_are_added_to() -> None:
+    module = NormedLinear(norm=True, bias="none")
+    branch = branch_on(module, SETTINGS, ("q", "k", "v"))
+    inputs = torch.randn(5, 3, COLUMNS)
+    fused = FrozenLinear(branch, single=lambda: True)
+    expected = torch.autograd.grad(fused(inputs)[0].square().sum(), list(branch.parameters()))
+    for parameter in branch.parameters():  # as Megatron's DDP has them
+        parameter.main_grad = torch.ones_like(parameter)  # type: ignore[attr-defined]
+        parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    for _ in range(2):
+        fused(inputs)[0].square().sum().backward()
+    for parameter, grad in zip(branch.parameters(), expected, strict=True):
+        assert parameter.grad_added_to_main_grad  # type: ignore[attr-defined]
+        torch.testing.assert_close(parameter.main_grad, 1 + 2 * grad)  # type: ignore[attr-defined]
+
+
+def test_it_steps_aside(monkeypatch: pytest.MonkeyPatch) -> None:
     module = NormedLinear(norm=True, bias="none")
     branch = branch_on(module, SETTINGS, ("q",))
     inputs = torch.randn(5, 3, COLUMNS)
     fused = FrozenLinear(branch, single=lambda: False)
     fused(inputs)
     assert not fused.took
+    monkeypatch.setattr(FrozenLinear, "_extends", lambda self, width: True)
     fused = FrozenLinear(branch, single=lambda: True)
+    fused(inputs)
+    assert not module.weight.is_contiguous()
     module.layer_norm_weight.requires_grad_(True)  # type: ignore[union-attr]
     fused(inputs)
     assert not fused.took
+    assert module.weight.is_contiguous()
 
 
 def test_switched_off_it_is_the_layer_bit_for_bit() -> None:
@@ -185,3 +241,40 @@ def test_fp8_products_are_those_of_the_rounded_operands(monkeypatch: pytest.Monk
 def test_zeros_in_eight_bits() -> None:
     codes, scale = in_eight_bits(torch.zeros(3, 4), torch.float8_e4m3fn)
     assert not codes.float().any() and scale.item() == 1
+
+
+# --- the kernels ------------------------------------------------------------------------------------------------------
+
+INTERPRETED = """
+import torch
+from mcore_swift.peft import kernels
+from mcore_swift.peft.frozen import Norm, Swiglu
+
+torch.manual_seed(0)
+for rows, n in ((5, 24), (70, 128), (3, 4100)):
+    x, weight, grad = torch.randn(rows, n), torch.rand(n), torch.randn(rows, n)
+    wide = torch.zeros(rows, n + 3)
+    norm, plain = Norm(weight, 1e-5), torch.empty(rows, n)
+    kept, reciprocal = norm.forward(x, plain), kernels.norm(x, weight, 1e-5, wide[:, :n])
+    torch.testing.assert_close(wide[:, :n], plain)
+    assert not wide[:, n:].any()
+    torch.testing.assert_close(reciprocal, kept)
+    for found, exact in zip(kernels.norm_backward(grad, x, weight, kept, again=True), norm.backward(grad, x, kept)):
+        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
+    assert kernels.norm_backward(grad, x, weight, kept, again=False)[1] is None
+    u = torch.randn(rows, 2 * n)
+    Swiglu().forward(u, plain)
+    kernels.swiglu(u, wide[:, :n])
+    torch.testing.assert_close(wide[:, :n], plain)
+    for found, exact in zip(kernels.swiglu_backward(grad, u), Swiglu().backward(grad, u, None)):
+        torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
+print("the same")
+"""
+
+
+def test_kernels_in_tritons_interpreter() -> None:
+    """Triton reads TRITON_INTERPRET when a kernel is defined, so this is a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.stdout == "the same\n", done.stderr

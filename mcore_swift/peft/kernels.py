@@ -1,0 +1,120 @@
+"""Triton kernels for what a frozen linear layer does to its input first: RMSNorm, or SwiGLU.
+
+Numbers are loaded in their own dtype, computed in float32 and rounded once. A backward kernel gives the prepared input
+again beside the gradient, for that costs one write more, and keeping it would cost its memory until then.
+"""
+
+# pyright: reportCallIssue=false, reportArgumentType=false  (launching adds arguments, and makes constants of numbers)
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+NUMBERS = 4096  # of a program, about
+GATES = 2048
+
+
+@triton.jit
+def _norm(x, weight, y, reciprocal, rows, n, x_stride, y_stride, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    numbers = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row, column = numbers[:, None].to(tl.int64), tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < n)
+    value = tl.load(x + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    root = tl.rsqrt(tl.sum(value * value, 1) / n + eps)
+    scale = tl.load(weight + column, mask=column < n, other=0.0).to(tl.float32)
+    tl.store(y + row * y_stride + column, (value * root[:, None] * scale).to(y.dtype.element_ty), mask=inside)
+    tl.store(reciprocal + numbers, root, mask=numbers < rows)
+
+
+@triton.jit
+def _norm_backward(
+    grad, x, weight, reciprocal, dx, y, rows, n, ROWS: tl.constexpr, BLOCK: tl.constexpr, AGAIN: tl.constexpr
+):
+    numbers = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row, column = numbers[:, None].to(tl.int64), tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < n)
+    place = row * n + column
+    root = tl.load(reciprocal + numbers, mask=numbers < rows, other=0.0)[:, None]
+    unit = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * root
+    scale = tl.load(weight + column, mask=column < n, other=0.0).to(tl.float32)
+    scaled = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32) * scale
+    mean = tl.sum(scaled * unit, 1)[:, None] / n
+    tl.store(dx + place, (root * (scaled - unit * mean)).to(dx.dtype.element_ty), mask=inside)
+    if AGAIN:
+        tl.store(y + place, (unit * scale).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu(u, h, width, h_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    gate = tl.load(u + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(u + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(h + row * h_stride + column, (gate * tl.sigmoid(gate) * up).to(h.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_backward(grad, u, du, h, width, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    first, second = row * 2 * width + column, row * 2 * width + width + column
+    gate = tl.load(u + first, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(u + second, mask=inside, other=0.0).to(tl.float32)
+    slope = tl.load(grad + row * width + column, mask=inside, other=0.0).to(tl.float32)
+    share = tl.sigmoid(gate)
+    silu = gate * share
+    tl.store(du + first, (slope * up * (share + silu * (1 - share))).to(du.dtype.element_ty), mask=inside)
+    tl.store(du + second, (slope * silu).to(du.dtype.element_ty), mask=inside)
+    tl.store(h + row * width + column, (silu * up).to(h.dtype.element_ty), mask=inside)
+
+
+def _rows_a_program(n: int) -> dict[str, Any]:
+    block = triton.next_power_of_2(n)
+    return {"ROWS": max(1, NUMBERS // block), "BLOCK": block, "num_warps": 8}
+
+
+def norm(x: Tensor, weight: Tensor, eps: float, y: Tensor) -> Tensor:
+    """x [rows, n] → y [rows, n], its rows' RMSNorm times `weight`; returns 1 / root mean square, float32 [rows, 1].
+
+    Both have rows of neighbouring numbers; y's rows may be further apart.
+    """
+    rows, n = x.shape
+    reciprocal = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    sizes = _rows_a_program(n)
+    grid = (triton.cdiv(rows, sizes["ROWS"]),)
+    _norm[grid](x, weight, y, reciprocal, rows, n, x.stride(0), y.stride(0), eps, **sizes)
+    return reciprocal
+
+
+def norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, reciprocal: Tensor, *, again: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of x, and y again if asked for; all contiguous [rows, n]."""
+    rows, n = x.shape
+    dx = torch.empty_like(x)
+    y = torch.empty_like(x) if again else None
+    sizes = _rows_a_program(n)
+    grid = (triton.cdiv(rows, sizes["ROWS"]),)
+    _norm_backward[grid](grad, x, weight, reciprocal, dx, dx if y is None else y, rows, n, AGAIN=again, **sizes)
+    return dx, y
+
+
+def swiglu(u: Tensor, h: Tensor) -> None:
+    """u [rows, 2 · width], gate and up → h [rows, width]; h's rows may be further apart than its width."""
+    rows, width = h.shape
+    _swiglu[(rows, triton.cdiv(width, GATES))](u, h, width, h.stride(0), BLOCK=GATES, num_warps=8)
+
+
+def swiglu_backward(grad: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of u, and h again, from that of h; all contiguous."""
+    rows, width = grad.shape
+    du, h = torch.empty_like(u), torch.empty_like(grad)
+    _swiglu_backward[(rows, triton.cdiv(width, GATES))](grad, u, du, h, width, BLOCK=GATES, num_warps=8)
+    return du, h
