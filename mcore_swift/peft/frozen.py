@@ -204,7 +204,8 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layer: FrozenLinear = ctx.layer
-        flat, kept, low, *parameters = ctx.saved_tensors
+        saved: tuple[Any, ...] = ctx.saved_tensors
+        flat, kept, low, *parameters = saved
         grad = grads[0].flatten(0, -2).contiguous()
         back = layer.input_gradient(grad)
         low_grad = None
@@ -212,7 +213,7 @@ class _FrozenLinear(torch.autograd.Function):
             assert layer.a is not None
             low_grad = torch.empty_like(low).addmm_(grad, layer.b, beta=0, alpha=layer.branch.settings.scaling)
             back.addmm_(low_grad, layer.a)
-        prepared: Any = flat
+        prepared = flat
         if ctx.preparation is not None:
             back, prepared = ctx.preparation.backward(back, flat, kept)
         own: list[Tensor] = []
@@ -262,7 +263,7 @@ def join_gates(chunk: nn.Module) -> None:
     every: list[Any] = list(chunk.modules())
     for mlp in every:
         if type(mlp) is MLP and isinstance(mlp.linear_fc2.forward, FrozenLinear) and _is_swiglu(mlp):
-            mlp.forward = partial(_gated, mlp, mlp.forward)
+            vars(mlp)["forward"] = partial(_gated, mlp, mlp.forward)
 
 
 def _is_swiglu(mlp: Any) -> bool:

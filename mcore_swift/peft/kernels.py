@@ -4,7 +4,8 @@ Numbers are loaded in their own dtype, computed in float32 and rounded once. A b
 again beside the gradient, for that costs one write more, and keeping it would cost its memory until then.
 """
 
-# pyright: reportCallIssue=false, reportArgumentType=false  (launching adds arguments, and makes constants of numbers)
+# Launching a kernel adds arguments, and makes constants of numbers:
+# pyright: reportCallIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 
