@@ -213,12 +213,12 @@ class _FrozenLinear(torch.autograd.Function):
             assert layer.a is not None
             low_grad = torch.empty_like(low).addmm_(grad, layer.b, beta=0, alpha=layer.branch.settings.scaling)
             back.addmm_(low_grad, layer.a)
-        prepared = flat
+        prepared: Any = flat
         if ctx.preparation is not None:
             back, prepared = ctx.preparation.backward(back, flat, kept)
         own: list[Tensor] = []
         if low_grad is not None:
-            own = layer.branch.shares(low_grad.t() @ prepared, grad.t() @ low)
+            own = layer.branch.shares(torch.mm(low_grad.t(), prepared), torch.mm(grad.t(), low))
             own = [layer.given(parameter, share) for parameter, share in zip(parameters, own, strict=True)]
         return back.view(*grads[0].shape[:-1], -1), None, *own
 
