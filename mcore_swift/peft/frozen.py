@@ -217,8 +217,8 @@ class _FrozenLinear(torch.autograd.Function):
         if ctx.preparation is not None:
             back, prepared = ctx.preparation.backward(back, flat, kept)
         own: list[Tensor] = []
-        if low_grad is not None:
-            own = layer.branch.shares(torch.mm(low_grad.t(), prepared), torch.mm(grad.t(), low))
+        if low is not None and low_grad is not None:
+            own = layer.branch.shares(low_grad.t() @ prepared, grad.t() @ low)
             own = [layer.given(parameter, share) for parameter, share in zip(parameters, own, strict=True)]
         return back.view(*grads[0].shape[:-1], -1), None, *own
 
