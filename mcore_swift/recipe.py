@@ -286,6 +286,7 @@ class MoeSection(_Strict):
     pad_to_capacity: bool = False  # compute exactly that many for each expert
     dispatcher: Literal["alltoall", "allgather", "flex"] = "alltoall"  # flex: DeepEP's kernels, on GPUs
     grouped: bool | None = None  # a rank's experts in one grouped matrix product; default: on for CUDA
+    router_fusion: bool = False  # Transformer Engine's kernel chooses the experts: softmax, top k and weights in one
     permute_fusion: bool | None = None  # Transformer Engine's kernels sort the tokens; default: on for CUDA
     shared_expert_overlap: bool = False  # shared experts compute while tokens are exchanged (CUDA)
 

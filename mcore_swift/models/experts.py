@@ -33,6 +33,12 @@ class ExpertFit:
         return self.fields.get("num_moe_experts")
 
     @property
+    def plain_softmax(self) -> bool:
+        """Whether experts are chosen by a softmax over all of them, with no bias and no groups."""
+        kind = self.fields.get("moe_router_score_function", "softmax")
+        return kind == "softmax" and not self.fields.get("moe_router_num_groups")
+
+    @property
     def most_capacity(self) -> float:
         """The capacity factor at which an expert takes every token."""
         return (self.experts or 1) / self.fields["moe_router_topk"]
@@ -44,7 +50,9 @@ class ExpertFit:
     @property
     def gpu_only(self) -> str:
         """Keys that are set to what the CPU platform hasn't."""
-        wanted = {"dispatcher": "flex", "grouped": True, "permute_fusion": True, "shared_expert_overlap": True}
+        wanted = {"dispatcher": "flex"} | dict.fromkeys(
+            ("grouped", "router_fusion", "permute_fusion", "shared_expert_overlap"), True
+        )
         return ", ".join(f"{key}: {value}" for key, value in wanted.items() if getattr(self.moe, key) == value)
 
 
@@ -58,7 +66,7 @@ EXPERT_RULES: list[Row[ExpertFit]] = [
     ),
     Row(
         "moe",
-        "flex, grouped, permute_fusion or shared_expert_overlap, on the CPU",
+        "flex, grouped, router_fusion, permute_fusion or shared_expert_overlap, on the CPU",
         lambda r: r.device == "cpu" and r.gpu_only,
         "{r.gpu_only} needs a GPU",
         "leave it out",
@@ -69,6 +77,13 @@ EXPERT_RULES: list[Row[ExpertFit]] = [
         lambda r: r.moe.expert_bias_update_rate and not r.fields.get("moe_router_enable_expert_bias"),
         "{r.moe.expert_bias_update_rate}, but {r.family} has no correction bias ({r.folder})",
         "use moe.aux_loss",
+    ),
+    Row(
+        "moe.router_fusion",
+        "true, for a family with another score than softmax, or with groups of experts",
+        lambda r: r.moe.router_fusion and not r.plain_softmax,
+        "{r.family} scores experts otherwise than by a softmax over all",
+        "leave it out",
     ),
     Row(
         "moe.shared_expert_overlap",
@@ -123,6 +138,7 @@ def expert_fields(moe: MoeSection, fields: Mapping[str, Any], *, device: str) ->
         "moe_pad_expert_input_to_capacity": moe.pad_to_capacity,
         "moe_token_dispatcher_type": moe.dispatcher,
         "moe_grouped_gemm": cuda if moe.grouped is None else moe.grouped,
+        "moe_router_fusion": moe.router_fusion,
         "moe_permute_fusion": cuda if moe.permute_fusion is None else moe.permute_fusion,
         "moe_shared_expert_overlap": moe.shared_expert_overlap,
     }

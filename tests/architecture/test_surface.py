@@ -45,7 +45,7 @@ KEYS = {
     "decay_steps skip_steps eval_interval eval_batches",
     "precision": "dtype fp8 fp8_format fp8_param_gather",
     "moe": "aux_loss aux_loss_coeff z_loss_coeff expert_bias_update_rate router_dtype capacity_factor drop_policy "
-    "pad_to_capacity dispatcher grouped permute_fusion shared_expert_overlap",
+    "pad_to_capacity dispatcher grouped router_fusion permute_fusion shared_expert_overlap",
     "checkpoint": "dir interval final keep asynchronous optimizer resume export overwrite",
     "logging": "interval tensorboard wandb_project wandb_name",
     "runtime": "device ranks seed threads recompute recompute_modules recompute_method "

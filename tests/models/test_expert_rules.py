@@ -52,6 +52,12 @@ MODEL = [
         "moe.expert_bias_update_rate: 0.1, but qwen3_moe has no correction bias",
     ),
     (
+        "deepseek-v3",
+        {"router_fusion": True},
+        {"device": "cuda"},
+        "moe.router_fusion: deepseek_v3 scores experts otherwise",
+    ),
+    (
         "mixtral",
         {"shared_expert_overlap": True},
         {"device": "cuda"},
