@@ -20,6 +20,7 @@ from mcore_swift.training.progress import format_duration, format_rate, steady
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "datasets")
 _SMOOTH_FROM = 50  # steps; shorter curves are drawn as they are
 _ENDS = 5  # steps averaged at either end of the run
+_SHOWN = ("accuracy", "margin")  # of an evaluation's metrics, beside its loss
 
 Row = dict[str, Any]
 
@@ -61,7 +62,9 @@ def run_facts(info: RunInfo, end: RunEnd, *, steps: list[Row], evals: list[Row])
         facts |= _training_facts(info, steps=steps)
     if evals:
         best = min(evals, key=lambda row: row["eval_loss"])
-        facts["best evaluation"] = f"loss {best['eval_loss']:.4f} at step {best['step']}"
+        values = {name: best.get(f"eval_{name}") for name in _SHOWN}
+        also = "".join(f", {name} {value:.4f}" for name, value in values.items() if value is not None)
+        facts["best evaluation"] = f"loss {best['eval_loss']:.4f}{also} at step {best['step']}"
     facts["wall time"] = format_duration(end.seconds) + (" (since the resume)" if info.steps_done else "")
     return facts
 

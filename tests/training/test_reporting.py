@@ -15,7 +15,7 @@ from mcore_swift.recipe import CheckpointSection, DataSection, LoggingSection, M
 from mcore_swift.training.callbacks import Callback, RunEnd, RunInfo, StepRecord, build_callbacks
 from mcore_swift.training.metrics import MetricsFile, read_metrics, step_row
 from mcore_swift.training.progress import ProgressLine, format_duration, format_rate
-from mcore_swift.training.summary import Summary, _smoothed
+from mcore_swift.training.summary import Summary, _smoothed, run_facts
 from mcore_swift.training.trackers import TensorBoard
 
 
@@ -229,6 +229,12 @@ def test_summary_of_a_resumed_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "\x1b" not in out
     assert f"Next, try the trained model:\n  mcore-swift generate '{tmp_path}/my hf' --prompt \"…\"\n" in out
     assert "finished after 12 of 12 steps" in out
+
+
+def test_summary_of_a_run_over_answers(tmp_path: Path):
+    evals = [{"step": s, "eval_loss": 0.7 - s / 100, "eval_accuracy": 0.6, "eval_margin": 0.1 * s} for s in (4, 8)]
+    facts = run_facts(info(tmp_path), finished(), steps=[], evals=evals)
+    assert facts["best evaluation"] == "loss 0.6200, accuracy 0.6000, margin 0.8000 at step 8"
 
 
 @pytest.mark.parametrize(
