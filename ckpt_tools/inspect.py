@@ -16,7 +16,7 @@ from typing import Any
 
 from ckpt_tools.peft_folder import CONFIG as ADAPTER_CONFIG
 from ckpt_tools.peft_folder import WEIGHTS as ADAPTER_WEIGHTS
-from mcore_swift.errors import InputError
+from mcore_swift.errors import EXIT_FAILED, DamagedCheckpoint, InputError
 from mcore_swift.peft.peft_config import read_json
 from mcore_swift.weights import safetensors_io as io
 
@@ -86,14 +86,60 @@ class Found:
     files: dict[str, int] = field(default_factory=dict)  # bytes by file name
 
 
-def inspect(*, path: Path, as_json: bool = False) -> int:
-    """Prints what `path` holds; returns the exit code. Raises InputError for what is not known or damaged."""
+def inspect(*, path: Path, as_json: bool = False, check: bool = False) -> int:
+    """Prints what `path` holds; returns the exit code. Raises InputError for what is not known or damaged.
+
+    check: also reads every file of a run's checkpoint and compares it with what was written; exit code 1: damaged.
+    """
+    checked = check_checkpoint(path) if check else None
+    if checked is not None and checked.damaged:
+        print(json.dumps({"path": str(path), "checked": asdict(checked)}, indent=1) if as_json else checked)
+        return EXIT_FAILED
     found = look(path)
     if as_json:
-        print(json.dumps(asdict(found), indent=1))
-    else:
-        print_found(found)
+        print(json.dumps(asdict(found) | ({} if checked is None else {"checked": asdict(checked)}), indent=1))
+        return 0
+    print_found(found)
+    if checked is not None:
+        print(checked)
     return 0
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What comparing a checkpoint with its checksums found."""
+
+    files: int  # that were compared; 0: an earlier version wrote it, only the sizes are known
+    bytes: int
+    damaged: list[str]
+
+    def __str__(self) -> str:
+        if self.damaged:
+            return "\n".join(f"damaged: {problem}" for problem in self.damaged)
+        if not self.files:
+            return "checked: files' sizes; it is older than checksums"
+        return f"checked: {self.files} files, {self.bytes / 1e9:.2f} GB, are what was written"
+
+
+def check_checkpoint(path: Path) -> Checked:
+    """Reads every file of a run's checkpoint. Raises InputError for what isn't one."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from mcore_swift.training import checkpoint_folder
+
+    if not (path / checkpoint_folder.MANIFEST).is_file():
+        raise InputError(
+            f"{path}: --check compares a run's checkpoint with its record, {checkpoint_folder.MANIFEST}; there is none"
+        )
+    try:
+        manifest = checkpoint_folder.read_manifest(path)
+    except DamagedCheckpoint as error:
+        return Checked(0, 0, [str(error)])
+    names = checkpoint_folder.checked_files(manifest)
+    with ThreadPoolExecutor() as threads:
+        problems = threads.map(lambda name: list(checkpoint_folder.damage(path, [name], manifest)), names)
+    damaged = [f"{path}: {problem}" for found in problems for problem in found]
+    return Checked(len(names), sum(manifest["files"].get(name, 0) for name in names), damaged)
 
 
 def look(path: Path) -> Found:

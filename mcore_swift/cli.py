@@ -268,6 +268,8 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
         "path", metavar="PATH", type=Path, help="model folder, checkpoint, adapter, .safetensors or .gguf"
     )
     parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON in place of tables")
+    help_text = "read all of a run's checkpoint: is it what was written? exit code 1 if not"
+    parser.add_argument("--check", action="store_true", help=help_text)
     parser.set_defaults(run=_inspect)
 
 

@@ -1,7 +1,7 @@
 """Checkpoints of a run: written in the background, committed by one rename, resumed exactly.
 
 RUN/checkpoints/step-00000020/  a Megatron `torch_dist` checkpoint: model and optimizer in the global tensor space, plus
-    mcore_swift.json            what the run needs to go on: step, data position, layout, recipe, every file's size
+    mcore_swift.json            what the run needs to go on: step, data position, layout, recipe, files' sizes, CRC-32
     hf/                         configuration and tokenizer, so that the folder stands alone
     rng/00003.pt                random states of rank 3
 
@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import secrets
 import shutil
 import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,11 +40,14 @@ from mcore_swift.training.checkpoint_folder import (
     MANIFEST,
     check_adapter,
     check_config,
+    check_contents,
     checkpoint_source,
+    checksum,
     complete_checkpoints,
     is_checkpoint,
     read_manifest,
     sync,
+    write_manifest,
 )
 from mcore_swift.weights.hf_folder import copy_metadata
 
@@ -118,6 +120,7 @@ class _Save:
     write: PendingWrite
     optimizer_step: int | None
     thread: threading.Thread
+    checksums: dict[str, int] = field(default_factory=dict)  # of this rank's files, by name
     error: Exception | None = None
 
 
@@ -202,6 +205,7 @@ class CheckpointManager:
         from mcore_swift.weights import dist_checkpoint, dist_index
 
         manifest = _manifest(path)
+        _together(lambda: _check_share(path, manifest))
         if optimizer is not None and manifest.get("optimizer_step") is None:
             raise InputError(
                 f"{path}: it holds weights only (checkpoint.optimizer was false), so the run can't be resumed from it;"
@@ -257,7 +261,7 @@ class CheckpointManager:
 
         def work() -> None:
             try:
-                self._write(write, random_states)
+                save.checksums = self._write(write, random_states)
             except Exception as error:  # told to all ranks, in a form that can be sent, by `poll`
                 save.error = _os_error(error) or RuntimeError(traceback.format_exc())
 
@@ -296,19 +300,23 @@ class CheckpointManager:
             parallel.on_first_rank(make)
         return folder
 
-    def _write(self, write: PendingWrite, random_states: dict[str, Any]) -> None:
-        """This rank's part, in the background."""
+    def _write(self, write: PendingWrite, random_states: dict[str, Any]) -> dict[str, int]:
+        """This rank's part, in the background; returns its files' checksums."""
         import torch
         import torch.distributed as dist
 
         rank = dist.get_rank()
         write.write()
-        torch.save(random_states, write.folder / "rng" / f"{rank:05d}.pt")
-        sync(write.folder / "rng" / f"{rank:05d}.pt")
+        checksums = write.checksums
+        states = write.folder / "rng" / f"{rank:05d}.pt"
+        torch.save(random_states, states)
+        sync(states)
+        checksums[states.relative_to(write.folder).as_posix()] = checksum(states)
         if rank == 0:
             copy_metadata(self.source, write.folder / "hf")
             for path in (write.folder / "hf").iterdir():
                 sync(path)
+        return checksums
 
     def _complete(self) -> Path:
         """Turns the attempt into the checkpoint, on all ranks, or raises what any rank ran into, on all ranks."""
@@ -319,12 +327,12 @@ class CheckpointManager:
         with self._reporting(save.state.step, save.folder):
             parallel.raise_together(save.error)
             save.write.finish()
-            parallel.on_first_rank(lambda: self._commit(save, final))
+            checksums = _gathered(save.checksums)
+            parallel.on_first_rank(lambda: self._commit(save, final, checksums))
         self._foreign = False
         return final
 
-    def _commit(self, save: _Save, final: Path) -> None:
-        files = [path for path in sorted(save.folder.rglob("*")) if path.is_file()]
+    def _commit(self, save: _Save, final: Path, checksums: Mapping[str, int]) -> None:
         manifest = {
             "format": 1,
             **asdict(save.state),
@@ -332,9 +340,8 @@ class CheckpointManager:
             "plan": self.plan.record(),
             "recipe": self.recipe_text,
             "versions": {name: version(name) for name in ("torch", "megatron-core")},
-            "files": {path.relative_to(save.folder).as_posix(): path.stat().st_size for path in files},
         }
-        (save.folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        write_manifest(save.folder, manifest, checksums)
         for name in ("metadata.json", MANIFEST, "rng", "hf", "."):
             sync(save.folder / name)
         others = [path for path in complete_checkpoints(self.folder) if path != final]
@@ -429,6 +436,22 @@ def _manifest(path: Path) -> dict[str, Any]:
     parallel.on_first_rank(check)
     dist.broadcast_object_list(manifest, src=0)
     return manifest[0]
+
+
+def _check_share(path: Path, manifest: Mapping[str, Any]) -> None:
+    """This rank's share of reading every file of the checkpoint once, mostly those that it then loads."""
+    import torch.distributed as dist
+
+    check_contents(path, manifest, share=dist.get_rank(), shares=dist.get_world_size())
+
+
+def _gathered(mine: dict[str, int]) -> dict[str, int]:
+    """All ranks' entries, on the first rank. Collective."""
+    import torch.distributed as dist
+
+    every: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, every, dst=0)
+    return {name: value for part in every or [] for name, value in part.items()}
 
 
 def _read_rng(path: Path) -> dict[str, Any]:

@@ -9,10 +9,13 @@ What is read may come from anywhere, so it is never unpickled freely: only the c
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+import os
+import zlib
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +30,12 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
     mcore_to_pyt_state_dict,
 )
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_loader import load as load_in_place
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from mcore_swift import parallel
 from mcore_swift.errors import DamagedCheckpoint, InputError, nearest
@@ -96,6 +100,36 @@ def _with_every_axis(part: ShardedTensor) -> ShardedTensor:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+class _CheckedStream:
+    """A file that is written from its beginning to its end, and the CRC-32 of what was."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.crc = file, 0
+        self.tell, self.flush, self.close = file.tell, file.flush, file.close
+
+    def write(self, data: Any) -> int:
+        self.crc = zlib.crc32(data, self.crc)
+        return self.file.write(data)
+
+    def fileno(self) -> int:
+        self.file.flush()  # torch syncs without
+        return self.file.fileno()
+
+
+class _CheckedFiles(FileSystem):
+    """torch's file system; `checksums` has the CRC-32 of every file that was written, by name."""
+
+    def __init__(self) -> None:
+        self.checksums: dict[str, int] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[Any]:
+        with super().create_stream(path, mode) as file:
+            stream = _CheckedStream(file)
+            yield stream if mode == "wb" else file
+        self.checksums[Path(path).name] = stream.crc
+
+
 @dataclass
 class PendingWrite:
     """A snapshot of this rank's shards on its way to `folder`."""
@@ -109,7 +143,14 @@ class PendingWrite:
 
     def write(self) -> None:
         """Writes and syncs this rank's file. No communication, nothing shared with training: made for a thread."""
-        self.results = self.writer.write_data(self.plan, self.planner).wait()
+        with _own_checksums_only():
+            self.results = self.writer.write_data(self.plan, self.planner).wait()
+
+    @property
+    def checksums(self) -> dict[str, int]:
+        """CRC-32 of the file that `write` has written, by name."""
+        assert isinstance(self.writer.fs, _CheckedFiles)
+        return dict(self.writer.fs.checksums)
 
     def finish(self) -> None:
         """Writes the index, once every rank's `write` has returned. Collective; raises OSError on all ranks."""
@@ -122,6 +163,17 @@ class PendingWrite:
             (self.folder / "metadata.json").write_text(json.dumps(FORMAT))
 
         parallel.on_first_rank(write_index)
+
+
+@contextlib.contextmanager
+def _own_checksums_only() -> Iterator[None]:
+    """Without the CRC-32 that torch.save adds to each tensor, at half of its cost, and torch.load never looks at."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
 
 
 class Saver:
@@ -148,6 +200,7 @@ class Saver:
         )
         first = dist.get_rank() == 0
         writer = FileSystemWriter(folder, sync_files=True, thread_count=1, per_thread_copy_ahead=0)
+        writer.fs = _CheckedFiles()
         planner.set_up_planner(state, is_coordinator=first)
         writer.set_up_storage_writer(first)
         local = planner.create_local_plan()

@@ -16,7 +16,7 @@ VERBS = {
     "convert": "SRC DST --dtype --workers --max-shard-size --dry-run --config --strict --optimizer --download",
     "verify": "A B --any-dtype --max-ulp --config --logits --text --windows --window-length --max-difference "
     "--min-top1 --max-kl --json",
-    "inspect": "PATH --json",
+    "inspect": "PATH --json --check",
     "merge": "BASE ADAPTER DST --dtype",
     "launch slurm": "RECIPE --nodes --gpus-per-node --fast-domain --run --spares --time --no-requeue --array --sweep "
     "--dependency --name --site --no-preflight --here --dry-run",

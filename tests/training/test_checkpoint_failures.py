@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import resource
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from mcore_swift.cli import main
 from mcore_swift.errors import InputError
 from mcore_swift.recipe import Recipe
 from tests.distributed.harness import RankFailure, run_ranks
@@ -223,6 +225,75 @@ def test_damaged(model_folder: Path, saved_run: Path) -> None:
     (path / "mcore_swift.json").write_text("{")
     (message,) = run_ranks(refused_rank, 1, recipe)
     assert "mcore_swift.json: damaged" in message
+
+
+# --- bits that changed on the disk ------------------------------------------------------------------------------------
+
+
+def flip(path: Path, place: float) -> None:
+    """Turns one bit of a file over, `place` of its length from the beginning."""
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 0x10
+    path.write_bytes(bytes(data))
+
+
+def resumed_rank(recipe: Recipe) -> int:
+    run = Run(recipe)
+    state = run.manager.resume(models=run.model.models, optimizer=run.model.optimizer)
+    return state.step if state is not None else 0
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """A run at TP2 with checkpoints of step 1 and 2; the second one's folder."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    recipe = with_checkpoints(recipe_for(model_folder, layout("TP2")), run)
+    run_ranks(many_rank, 2, recipe, 2)
+    return recipe, run / "checkpoints" / "step-00000002"
+
+
+def test_a_flipped_bit_is_found_named_and_passed_over(
+    two_checkpoints: tuple[Recipe, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe, newest = two_checkpoints
+    whole = (newest / "__1_0.distcp").read_bytes()
+    flip(newest / "__1_0.distcp", 0.5)
+    assert run_ranks(resumed_rank, 2, recipe) == [1, 1]
+    lines = [line for line in capfd.readouterr().err.splitlines() if "damaged" in line]
+    assert len(lines) == 1 and "going on from step-00000001" in lines[0]
+    assert f"{newest}: this checkpoint is damaged: __1_0.distcp is not what was written: its CRC-32 is " in lines[0]
+    (newest / "__1_0.distcp").write_bytes(whole)
+    assert run_ranks(resumed_rank, 2, recipe) == [2, 2]
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "rng/00001.pt", ".metadata", "hf/config.json", "mcore_swift.json"])
+def test_no_file_can_change_unseen(
+    two_checkpoints: tuple[Recipe, Path], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, newest = two_checkpoints
+    whole = (newest / name).read_bytes()
+    assert main(["inspect", str(newest), "--check"]) == 0
+    count = len([path for path in newest.rglob("*") if path.is_file()]) - 1
+    assert f"checked: {count} files" in capsys.readouterr().out
+    for place in (0.3, 0.9):
+        flip(newest / name, place)
+        assert main(["inspect", str(newest), "--check"]) == 1
+        assert f"damaged: {newest}" in (out := capsys.readouterr().out) and name in out
+        (newest / name).write_bytes(whole)
+
+
+def test_a_checkpoint_older_than_checksums(
+    model_folder: Path, saved_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = saved_run / "checkpoints" / "step-00000001"
+    manifest = json.loads((path / "mcore_swift.json").read_text())
+    del manifest["crc32"]
+    (path / "mcore_swift.json").write_text(json.dumps(manifest))
+    assert run_ranks(resumed_rank, 1, with_checkpoints(recipe_for(model_folder), saved_run)) == [1]
+    assert main(["inspect", str(path), "--check"]) == 0
+    assert "checked: files' sizes; it is older than checksums" in capsys.readouterr().out
+    assert main(["inspect", str(model_folder), "--check"]) == 2
+    assert "--check compares a run's checkpoint with its record" in capsys.readouterr().err
 
 
 class Evil:
