@@ -40,6 +40,7 @@ WORDS = 20_000  # of the tokenizer, where the model has as many
 PAIRS_A_PACK = 3
 LEAST_FULL = 0.95
 WARM_UP = 2  # steps
+FP8 = ["--precision.fp8", "tensorwise", "--adapter.quantization", "fp8"]
 WIDER = ["--tries", "12", "6", "4", "3", "2", "1"]
 
 
@@ -68,7 +69,7 @@ CASES = (
     Case("sft", "SFT", ["--objective.name", "sft"], rows="answers.jsonl"),
     Case("dpo", "DPO, adapter_off", reference("adapter_off"), most_time=1.4, most_gib=3, least_speed=1.7),
     Case("precomputed", "DPO, precomputed", reference("precomputed"), most_time=1.05, most_gib=3, least_speed=1.7),
-    Case("fp8", "DPO, adapter_off, FP8", [*reference("adapter_off"), "--precision.fp8", "tensorwise"], always=False),
+    Case("fp8", "DPO, adapter_off, base in FP8", [*reference("adapter_off"), *FP8], always=False),
     Case("trl", "TRL"),
     Case("trl_checkpointing", "TRL, gradient checkpointing", ["--checkpointing", *WIDER], always=False),
 )
