@@ -6,22 +6,21 @@ is wrong and looks right.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mcore_swift.errors import InputError, nearest
-from mcore_swift.peft.peft_config import CONFIG, PREFIX, WEIGHTS, listed, read_config
+from mcore_swift.peft import fused
+from mcore_swift.peft.peft_config import CONFIG, PREFIX, WEIGHTS, listed, read_config, scaling_of
 from mcore_swift.weights import safetensors_io as io
 
 if TYPE_CHECKING:
     import torch
 
-# Keys that may ask for something here, beside those that any reader honours.
-HONOURED = ("rank_pattern", "alpha_pattern", "modules_to_save")
 FLOATS = ("F32", "BF16", "F16")
 # Tensor name → module and part. PEFT saves DoRA's magnitude with and without ".weight", by version.
 _PART = re.compile(
@@ -31,10 +30,10 @@ _PART = re.compile(
 
 @dataclass(frozen=True)
 class Target:
-    """One LoRA'd module: names of its tensors in the adapter's file, and s."""
+    """One LoRA'd module: names of its tensors in the adapter's file (of an expert's: its pieces of them), and s."""
 
-    a: str
-    b: str
+    a: str | fused.Piece
+    b: str | fused.Piece
     magnitude: str | None
     base: str | None  # PEFT saves the weight itself, too, of an output layer that is targeted
     scaling: float
@@ -72,9 +71,13 @@ class _OneFile:
         self.entries = io.read_header(path)
         self._handle: Any = None
 
-    def read(self, name: str) -> torch.Tensor:
+        self._whole = lru_cache(maxsize=4)(self.read)  # A and B of a layer's experts: both stacks'
+
+    def read(self, name: str | fused.Piece) -> torch.Tensor:
         from safetensors import safe_open
 
+        if isinstance(name, fused.Piece):
+            return name.of(self._whole(name.source))
         self._handle = self._handle or safe_open(self.path, framework="pt")
         return self._handle.get_tensor(name)
 
@@ -96,7 +99,7 @@ class _Misfits:
 
 def read_adapter(folder: Path, base: io.SafetensorsFolder, *, tied: bool) -> Adapter:
     """The adapter, checked against the base's headers. Raises InputError that lists everything that doesn't fit."""
-    config = read_config(folder, honoured=HONOURED)
+    config = read_config(folder)
     if not (folder / WEIGHTS).is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         why = " (a pickled adapter_model.bin could execute code: save the adapter again as safetensors)"
@@ -104,13 +107,24 @@ def read_adapter(folder: Path, base: io.SafetensorsFolder, *, tied: bool) -> Ada
     weights = _OneFile(folder / WEIGHTS)
     misfits = _Misfits()
     modules, replaced = _sort(weights, config, misfits)
+    stacks = _stack_names(folder, config, modules)
+    single = {module: parts for module, parts in modules.items() if module not in stacks}
     targets = {
         f"{module}.weight": target
-        for module, parts in modules.items()
+        for module, parts in single.items()
         if (target := _target(module, parts, config, weights, base, misfits))
     }
+    every = fused.stacks_of(name.removesuffix(".weight") for name in base.entries if name.endswith(".weight"))
+    for module, stack in stacks.items():
+        if stack in every:
+            targets |= dict(_of_stack(every[stack], module, modules[module], config, weights, base, misfits))
+        else:
+            misfits.add(f"{stack} is not in the base.{nearest(stack, list(every))}")
     _check_replaced(replaced, weights, base, misfits, tied=tied)
-    _check_target_modules(config, modules, base, misfits)
+    _check_target_modules(config, single, base, misfits)
+    _check_target_parameters(
+        config, {*stacks.values(), *(f"{module}.weight" for module in single)}, every, base, misfits
+    )
     misfits.raise_if_any(folder, base.folder)
     if not targets and not replaced:
         raise InputError(f"{weights.path}: it holds no tensors; there is nothing to merge")
@@ -152,7 +166,7 @@ def _target(
     if set(parts) - {"base_layer"} != needed:
         misfits.add(f"{module} has {', '.join(sorted(parts))} where {', '.join(sorted(needed))} are needed")
         return None
-    name, rank = f"{module}.weight", _by_pattern(config, "rank_pattern", module, config["r"])
+    name, (rank, scaling) = f"{module}.weight", scaling_of(config, module)
     entry = base.entries.get(name)
     if entry is None:
         misfits.add(f"{module} is not in the base.{nearest(name, list(base.entries))}")
@@ -169,19 +183,46 @@ def _target(
     ]
     for problem in wrong:
         misfits.add(problem)
-    alpha = _by_pattern(config, "alpha_pattern", module, config["lora_alpha"])
-    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     if wrong:
         return None
     return Target(parts["A"], parts["B"], parts.get("magnitude_vector"), parts.get("base_layer"), scaling)
 
 
-def _by_pattern(config: Mapping[str, Any], key: str, module: str, default: Any) -> Any:
-    """The value of the first pattern that matches the module's name, or the end of it."""
-    for pattern, value in (config.get(key) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _stack_names(folder: Path, config: Mapping[str, Any], modules: Mapping[str, object]) -> dict[str, str]:
+    try:
+        return fused.stack_names(modules.keys(), config.get("target_parameters") or [])
+    except InputError as problem:
+        raise InputError(f"{folder / CONFIG}: {problem}") from None
+
+
+def _of_stack(
+    stack: fused.Stack,
+    module: str,
+    parts: Mapping[str, str],
+    config: Mapping[str, Any],
+    weights: _OneFile,
+    base: io.SafetensorsFolder,
+    misfits: _Misfits,
+) -> Iterator[tuple[str, Target]]:
+    """The base tensors of a layer's experts that one pair of A and B changes, and how; none when it doesn't fit."""
+    if set(parts) != {"A", "B"}:
+        misfits.add(f"{module} has {', '.join(sorted(parts))} where A, B are needed; experts have no more")
+        return
+    rank, scaling = scaling_of(config, stack.name)
+    entries = {f"{module}.lora_{which}.weight": weights.entries[parts[which]] for which in "AB"}
+    try:
+        found = fused.adapter_in_file(stack, module, rank, apart=False, entries=entries)
+    except InputError as problem:
+        misfits.add(str(problem))
+        return
+    names = {f"{module}.lora_{which}.weight": parts[which] for which in "AB"}
+    pieces = {name: replace(piece, source=names[piece.source]) for name, piece in found.pieces()}
+    for own in (own for expert in stack.modules for own in expert):
+        a, b, entry = pieces[f"{own}.lora_A.weight"], pieces[f"{own}.lora_B.weight"], base.entries[f"{own}.weight"]
+        if entry.shape != (b.shape[0], a.shape[1]) or entry.dtype not in FLOATS:
+            misfits.add(f"{own}.weight is {entry.dtype} {list(entry.shape)}, the adapter's {[b.shape[0], a.shape[1]]}")
+            return
+        yield f"{own}.weight", Target(a, b, None, None, scaling)
 
 
 def _check_replaced(
@@ -201,9 +242,9 @@ def _check_target_modules(
     config: Mapping[str, Any], modules: Mapping[str, object], base: io.SafetensorsFolder, misfits: _Misfits
 ) -> None:
     """What adapter_config.json targets is what the file holds: an adapter that lost tensors must not pass as whole."""
-    is_target = _matcher(config)
+    is_target, parameters = _matcher(config), config.get("target_parameters") or []
     for module in modules:
-        if not is_target(module):
+        if not is_target(module) and not fused.is_named(f"{module}.weight", parameters):
             misfits.add(f"{module} is not among {CONFIG}'s target_modules")
     if config.get("layers_to_transform") is not None:
         return  # then target_modules say less than what is there
@@ -211,6 +252,24 @@ def _check_target_modules(
         module = name.removesuffix(".weight")
         if module != name and len(entry.shape) == 2 and is_target(module) and module not in modules:
             misfits.add(f"{module} is among target_modules, but the adapter has nothing for it")
+
+
+def _check_target_parameters(
+    config: Mapping[str, Any],
+    adapted: Collection[str],
+    stacks: Mapping[str, fused.Stack],
+    base: io.SafetensorsFolder,
+    misfits: _Misfits,
+) -> None:
+    """The same of parameters: `adapted` of what the base has as stacks of experts, or as tensors of its own."""
+    targets = config.get("target_parameters") or []
+    named = [name for name in (*stacks, *base.entries) if fused.is_named(name, targets)]
+    for target in targets:
+        if not any(fused.is_named(name, [target]) for name in named):
+            misfits.add(f"target_parameters: {target} is not in the base")
+    for name in named:
+        if name not in adapted:
+            misfits.add(f"{name} is among target_parameters, but the adapter has nothing for it")
 
 
 def _matcher(config: Mapping[str, Any]) -> Callable[[str], bool]:
@@ -221,7 +280,7 @@ def _matcher(config: Mapping[str, Any]) -> Callable[[str], bool]:
             return re.fullmatch(patterns, module) is not None
         return any(module == pattern or module.endswith(f".{pattern}") for pattern in patterns)
 
-    targets, excluded = config["target_modules"], config.get("exclude_modules") or []
+    targets, excluded = config.get("target_modules") or [], config.get("exclude_modules") or []
     saved = listed(config.get("modules_to_save"))
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = r"(?!(.*\.)?(lm_head|embed_tokens)$).*"

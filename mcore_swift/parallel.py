@@ -234,6 +234,16 @@ def expert_weight_groups() -> tuple[ProcessGroup, ProcessGroup]:
     )
 
 
+def expert_stack_groups() -> tuple[ProcessGroup, ProcessGroup]:
+    """The same of all experts' tensors of a layer together."""
+    from megatron.core import parallel_state
+
+    return (
+        cast(Any, parallel_state.get_expert_tensor_and_model_parallel_group()),
+        cast(Any, parallel_state.get_expert_data_parallel_group()),
+    )
+
+
 def union_over_model(mine: Mapping[str, Any]) -> dict[str, Any]:
     """What the ranks of one model say together: pipeline stages and expert ranks have parts of their own."""
     import torch.distributed as dist

@@ -85,7 +85,7 @@ def _of_layer(
         if module in chosen:
             own_rows = rows // size if split == "rows" else rows
             trained += own_rows * (settings.rank + settings.dora)
-            place = module.rsplit(".", 1)[0] if settings.share_a else module
+            place = module.rsplit(".", 1)[0] if settings.share_a or (expert and settings.share_experts_a) else module
             if place not in with_a:
                 trained += settings.rank * (columns // size if split == "columns" else columns)
             with_a.add(place)

@@ -35,6 +35,7 @@ class LoraSettings:
     """`alpha`: scaling is alpha / rank, or alpha / √rank with `rslora` (Kalajdzievski 2023, arXiv:2312.03732).
 
     `share_a`: the modules that one layer is made of (q, k and v; gate and up) have one A together, and each its own B.
+    `share_experts_a`: so have those of experts, whatever the others do, which is how PEFT adapts them.
     `modules_to_save`: modules that are trained in full beside the adapters, by last names or globs.
     """
 
@@ -45,6 +46,7 @@ class LoraSettings:
     dora: bool = False
     pissa: bool = False
     share_a: bool = False
+    share_experts_a: bool = False
     modules_to_save: tuple[str, ...] = ()
     seed: int = 0
 
@@ -93,11 +95,12 @@ class LoraBranch(nn.Module):
         self.site, self.parts, self.settings, self.group = site, parts, settings, group
         self.sequence_parallel = sequence_parallel and not site.expert
         self.enabled = True
+        self.share_a = settings.share_a or (site.expert and settings.share_experts_a)
         weight = site.weight
         self.lora_A, self.lora_B, self.magnitude = nn.ParameterDict(), nn.ParameterDict(), nn.ParameterDict()
         self.start: dict[str, tuple[Tensor, Tensor]] = {}  # PiSSA: the A and B that were taken out of W
         for part in parts:
-            if not (settings.share_a and self.lora_A):
+            if not (self.share_a and self.lora_A):
                 a = self._parameter(self._first_a(part), split=1 if site.split == "columns" else None)
                 self.lora_A[part.leaf] = a
             zeros = weight.new_zeros(part.local_rows, settings.rank)
@@ -178,7 +181,7 @@ class LoraBranch(nn.Module):
         return every if self.site.split == "columns" else self._shared(every)
 
     def a_of(self, part: Part) -> nn.Parameter:
-        return self.lora_A[self.parts[0].leaf if self.settings.share_a else part.leaf]
+        return self.lora_A[self.parts[0].leaf if self.share_a else part.leaf]
 
     def all_b(self) -> Tensor:
         """[rows / tp, parts · rank]: each row has the B of its own module, in its module's columns, and 0 elsewhere.
@@ -200,7 +203,7 @@ class LoraBranch(nn.Module):
 
     def columns_of(self, part: Part, b: Tensor) -> Tensor:
         """A view of where the B of `part` is in one like `all_b`: [groups, rows / groups, rank]."""
-        number = 0 if self.settings.share_a else self.parts.index(part)
+        number = 0 if self.share_a else self.parts.index(part)
         return self.site.rows_of(part, b)[..., number * self.settings.rank : (number + 1) * self.settings.rank]
 
     @torch.no_grad()

@@ -7,8 +7,9 @@ Imports neither torch nor Megatron: merging works on files alone.
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,10 @@ _READ = {
     "target_modules",
     "exclude_modules",
     "layers_to_transform",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "target_parameters",
 }
 # … and those of which only these values can be honoured. Any other key must be off (null, false, empty).
 _ALLOWED: dict[str, tuple[object, ...]] = {
@@ -76,8 +81,8 @@ def read_json(path: Path, needed: str) -> dict[str, Any]:
     return found
 
 
-def read_config(folder: Path, *, honoured: Sequence[str] = ()) -> dict[str, Any]:
-    """adapter_config.json. `honoured`: further keys that the caller reads.
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json.
 
     Raises InputError naming the first key whose value can't be honoured.
     """
@@ -86,15 +91,20 @@ def read_config(folder: Path, *, honoured: Sequence[str] = ()) -> dict[str, Any]
     for key, value in config.items():
         if key in _ALLOWED and value not in _ALLOWED[key]:
             raise InputError(f"{path}: {key}: {value!r} is not supported; allowed: {list(_ALLOWED[key])}")
-        if value and key not in {*_ALLOWED, *_READ, *_ANY, *honoured}:
+        if value and key not in {*_ALLOWED, *_READ, *_ANY}:
             raise InputError(f"{path}: {key}: {value!r} is not supported; allowed: it is left out or off")
     for key, kind, what in (
         ("peft_type", str, "a text"),
         ("r", int, "a whole number, at least 1"),
         ("lora_alpha", int | float, "a number"),
         ("target_modules", str | list, "a regular expression or a list of module names"),
+        ("target_parameters", list, "a list of parameter names"),
     ):
         value = config.get(key)
+        if value is None and (
+            key == "target_parameters" or (config.get("target_parameters") and key == "target_modules")
+        ):
+            continue
         if not isinstance(value, kind) or isinstance(value, bool) or (key == "r" and value < 1):  # type: ignore[operator]
             raise InputError(f"{path}: {key}: found {value!r}; it must be {what}")
     for key in ("rank_pattern", "alpha_pattern"):
@@ -113,10 +123,26 @@ def _patterns(config: Mapping[str, Any]) -> list[Any]:
     return [
         *(config.get("rank_pattern") or {}),
         *(config.get("alpha_pattern") or {}),
-        *listed(config["target_modules"]),
+        *listed(config.get("target_modules")),
+        *listed(config.get("target_parameters")),
         *listed(config.get("exclude_modules")),
         *listed(config.get("modules_to_save")),
     ]
+
+
+def by_pattern(config: Mapping[str, Any], key: str, name: str, default: Any) -> Any:
+    """The value of the first pattern of config[key] that matches a module's or parameter's name, or the end of it."""
+    for pattern, value in (config.get(key) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def scaling_of(config: Mapping[str, Any], name: str) -> tuple[int, float]:
+    """The rank and the scaling that a module's or parameter's adapter has."""
+    rank = by_pattern(config, "rank_pattern", name, config["r"])
+    alpha = by_pattern(config, "alpha_pattern", name, config["lora_alpha"])
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def listed(value: Any) -> list[Any]:

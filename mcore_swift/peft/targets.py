@@ -10,6 +10,7 @@ import fnmatch
 from collections.abc import Callable, Mapping, Sequence
 
 from mcore_swift.errors import InputError, nearest
+from mcore_swift.peft.fused import stacks_of
 from mcore_swift.weights.rules import TensorRule
 
 # Words that stand for a part of every layer, by Megatron's global key.
@@ -44,14 +45,22 @@ def select(targets: Sequence[str], rules: Mapping[str, TensorRule], *, key: str 
     """The modules that `targets` name, in model order.
 
     A target is a word of GROUPS, a module's last name (q_proj), or a glob on its whole name (model.layers.[0-3].*).
-    Raises InputError for one that matches nothing. `key`: the recipe's, for the message.
+    The tensors that transformers holds all experts in (model.layers.0.mlp.experts.gate_up_proj) stand for the experts'
+    modules. Raises InputError for one that matches nothing. `key`: the recipe's, for the message.
     """
     modules = linear_modules(rules)
     if not targets:
         raise InputError(f"{key} is empty; allowed: {_allowed(modules)}")
+    stacks = stacks_of(modules)
     chosen: set[str] = set()
     for target in targets:
+        if target in modules:  # a folder may name thousands
+            chosen.add(target)
+            continue
         matches = {name for name, key in modules.items() if _matches(target, name, key)}
+        for stack in stacks.values():
+            if _matches(target, stack.name, ""):
+                matches |= {module for own in stack.modules for module in own}
         if not matches:
             words = [*GROUPS, *dict.fromkeys(name.rsplit(".", 1)[-1] for name in modules)]
             raise InputError(
@@ -64,7 +73,7 @@ def select(targets: Sequence[str], rules: Mapping[str, TensorRule], *, key: str 
 
 def _matches(target: str, name: str, key: str) -> bool:
     if target in GROUPS:
-        return GROUPS[target](key)
+        return bool(key) and GROUPS[target](key)
     return name.rsplit(".", 1)[-1] == target or fnmatch.fnmatchcase(name, target)
 
 

@@ -9,7 +9,7 @@ from mcore_swift.recipe import AdapterSection, NamedAdapter, Recipe
 from mcore_swift.recipe_checks.table import Row
 
 # What a PEFT folder that the run goes on from has decided.
-_OF_THE_FOLDER = ("targets", "rank", "alpha", "dropout", "rslora", "dora", "modules_to_save", "init")
+_OF_THE_FOLDER = ("targets", "rank", "alpha", "rslora", "dora", "modules_to_save", "init")
 
 
 def _changed(section: AdapterSection, *names: str) -> list[str]:

@@ -34,7 +34,8 @@ def settings_of(section: AdapterSection, *, seed: int, scored: bool = False) -> 
 
     if section.path is not None:
         settings, targets = peft_folder.read_settings(Path(section.path))
-        return replace(settings, share_a=section.share_a, modules_to_save=with_score(settings.modules_to_save)), targets
+        settings = replace(settings, share_a=section.share_a, dropout=section.dropout or settings.dropout)
+        return replace(settings, modules_to_save=with_score(settings.modules_to_save)), targets
     settings = LoraSettings(
         rank=section.rank,
         alpha=section.alpha,

@@ -91,7 +91,7 @@ def test_equals_what_peft_merges(bases: Callable[[str], Path], tmp_path: Path, c
 
 
 def test_experts(bases: Callable[[str], Path], tmp_path: Path) -> None:
-    """Adapters of single experts (as older transformers had them) fit; those of fused experts are refused."""
+    """Adapters of single experts, as older transformers had them."""
     base, adapter = bases("qwen3-moe"), tmp_path / "adapter"
     before = load_file(base / "model.safetensors")
     modules = [f"model.layers.0.mlp.experts.{e}.{name}_proj" for e in range(8) for name in ("gate", "up", "down")]
@@ -113,8 +113,56 @@ def test_experts(bases: Callable[[str], Path], tmp_path: Path) -> None:
             weight = weight + 2.0 * (lora[f"{key}.lora_B.weight"] @ lora[f"{key}.lora_A.weight"])
         assert torch.equal(found[name], weight), name
     (adapter / CONFIG).write_text(json.dumps(config | {"target_parameters": ["mlp.experts.gate_up_proj"]}))
-    with pytest.raises(InputError, match=r"target_parameters: .*gate_up_proj.* is not supported"):
+    with pytest.raises(InputError, match=r"gate_up_proj is among target_parameters, but the adapter has nothing for"):
         merge(base, adapter, tmp_path / "other")
+
+
+STACKED: dict[str, dict[str, Any]] = {
+    "both": {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    "gate_up in one layer": {"target_modules": [], "target_parameters": ["layers.0.mlp.experts.gate_up_proj"]},
+    "down of another rank": {
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        "rank_pattern": {r"experts\.down_proj": 7},
+        "use_rslora": True,
+    },
+    "a dense layer's parameters": {"target_parameters": ["layers.1.mlp.up_proj.weight", "experts.down_proj"]},
+}
+
+
+def by_expert(name: str, merged: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A tensor of a folder, from transformers' own names."""
+    name = name.replace("block_sparse_moe", "mlp")
+    place, _, expert = name.partition(".experts.")
+    if not expert:
+        return merged[name]
+    number, leaf, _ = expert.split(".")
+    if leaf in ("down_proj", "w2"):
+        return merged[f"{place}.experts.down_proj"][int(number)]
+    both = merged[f"{place}.experts.gate_up_proj"][int(number)]
+    return both.chunk(2)[leaf in ("up_proj", "w3")]
+
+
+@pytest.mark.parametrize(
+    ("variant", "case"),
+    [
+        pytest.param(variant, case, marks=() if (variant, case) == ("mixtral", "both") else pytest.mark.nightly)
+        for variant in ("mixtral", "qwen3-moe")
+        for case in STACKED
+        if (variant, case) != ("mixtral", "a dense layer's parameters")
+    ],
+)
+def test_stacked_experts(bases: Callable[[str], Path], tmp_path: Path, variant: str, case: str) -> None:
+    """Adapters of all experts of a layer together, as PEFT makes them: what peft merges."""
+    changes = {"target_modules": ["q_proj"]} | STACKED[case]
+    expected = train_adapter(bases(variant), tmp_path / "adapter", **changes)
+    merge(bases(variant), tmp_path / "adapter", tmp_path / "merged")
+    found, before = (load_file(place / "model.safetensors") for place in (tmp_path / "merged", bases(variant)))
+    assert found.keys() == before.keys()
+    for name, tensor in found.items():
+        wanted = by_expert(name, expected)
+        assert (tensor - wanted).abs().max() <= 4e-7 * wanted.abs().max(), name
+    changed = [name for name in found if not torch.equal(found[name], before[name])]
+    assert sum(".experts." in name for name in changed) in (8 * 1, 8 * 2, 8 * 3, 8 * 4, 8 * 6)
 
 
 def test_bf16_base_is_merged_in_fp32_and_rounded_once(plain: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -202,7 +250,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "lora_bias": (_edit_config(lora_bias=True), "lora_bias: True is not supported"),
     "qalora": (_edit_config(use_qalora=True), "use_qalora: True is not supported"),
     "replicated layers": (_edit_config(layer_replication=[[0, 2]]), "layer_replication: [[0, 2]] is not supported"),
-    "target_parameters": (_edit_config(target_parameters=["w"]), "target_parameters: ['w'] is not supported"),
+    "target_parameters": (_edit_config(target_parameters=["w"]), "target_parameters: w is not in the base"),
     "of the future": (_edit_config(use_xlora=1), "use_xlora: 1 is not supported; allowed: it is left out or off"),
     "rank 0": (_edit_config(r=0), "r: found 0; it must be a whole number, at least 1"),
     "alpha a text": (_edit_config(lora_alpha="8"), "lora_alpha: found '8'; it must be a number"),

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mcore_swift import parallel
 from mcore_swift.objectives.registry import OBJECTIVES
@@ -170,91 +170,6 @@ def save_rank(recipe: Recipe, folder: Path) -> None:
     model = open_model(recipe)
     settings, _ = settings_of(recipe.adapter, seed=0)
     peft_folder.save(model.chunks, model.rules, folder, settings, base=recipe.model.path)
-
-
-# --- experts ----------------------------------------------------------------------------------------------------------
-# PEFT adapts transformers' fused experts, gate and up together with one A. Here each has its own, so the reference is
-# the definition, W + scaling · B A, put into transformers' model in float64.
-
-EXPERT_LAYOUTS = {
-    "one rank": ParallelSection(),
-    "TP2": ParallelSection(tp=2),
-    "EP2": ParallelSection(ep=2, dp=2),
-    "EP2xTP2": ParallelSection(ep=2, tp=2, dp=2),
-    "EP2xTP2xETP1": ParallelSection(ep=2, tp=2, etp=1),
-    "EP2xPP2": ParallelSection(ep=2, pp=2, dp=2),
-}
-SCALING = 1.5
-
-
-def expert_folder(model: Path, folder: Path) -> Path:
-    """A folder as PEFT writes it, with random adapters on attention and on each expert by itself."""
-    if not folder.exists():
-        weights = load_file(model / "model.safetensors")
-        generator = torch.Generator().manual_seed(3)
-        adapters = {}
-        for name, weight in weights.items():
-            if "_proj" in name:
-                rows, columns = weight.shape
-                place = f"base_model.model.{name.removesuffix('.weight')}"
-                adapters[f"{place}.lora_A.weight"] = 0.2 * torch.randn(4, columns, generator=generator)
-                adapters[f"{place}.lora_B.weight"] = 0.2 * torch.randn(rows, 4, generator=generator)
-        folder.mkdir()
-        save_file(adapters, folder / "adapter_model.safetensors")
-        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4 * SCALING, "target_modules": ["all-linear"]}
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
-
-
-def _defined(model: Path, folder: Path) -> tuple[float, dict[str, torch.Tensor]]:
-    from torch.func import functional_call
-    from transformers import AutoModelForCausalLM
-
-    base: Any = AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
-    )
-    adapters = {
-        name.removeprefix("base_model.model."): tensor.double().requires_grad_()
-        for name, tensor in load_file(folder / "adapter_model.safetensors").items()
-    }
-
-    def delta(module: str) -> torch.Tensor:
-        return SCALING * adapters[f"{module}.lora_B.weight"] @ adapters[f"{module}.lora_A.weight"]
-
-    weights = {}
-    for name, weight in base.named_parameters():
-        module = name.removesuffix(".weight")
-        if f"{module}.lora_A.weight" in adapters:
-            weights[name] = weight.detach() + delta(module)
-        elif name.endswith("experts.gate_up_proj") or name.endswith("experts.down_proj"):
-            place = module.rsplit(".", 1)[0]
-            halves = ("gate_proj", "up_proj") if name.endswith("gate_up_proj") else ("down_proj",)
-            stack = [torch.cat([delta(f"{place}.{e}.{half}") for half in halves]) for e in range(len(weight))]
-            weights[name] = weight.detach() + torch.stack(stack)
-    loss = loss_of(lambda tokens: functional_call(base, weights, (tokens,)), base.config.vocab_size)
-    loss.backward()
-    return float(loss), {name: tensor.grad for name, tensor in adapters.items() if tensor.grad is not None}
-
-
-@functools.cache
-def defined(model: Path, folder: Path) -> Any:
-    return run_ranks(_defined, 1, model, folder)[0]
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        pytest.param(layout, marks=pytest.mark.slow if "TP2" in layout and "EP2" in layout else pytest.mark.nightly)
-        for layout in EXPERT_LAYOUTS
-    ],
-)
-def test_experts_as_defined(models: Any, layout: str) -> None:
-    model = models("qwen3-moe")
-    folder = expert_folder(model, model.parent / "qwen3-moe-lora")
-    loss, gradients = defined(model, folder)
-    losses, found, _ = lora_run(model, folder, EXPERT_LAYOUTS[layout])
-    assert losses[0] == pytest.approx(loss, rel=1e-6)
-    assert_close(found, gradients)
 
 
 # --- what comes out ---------------------------------------------------------------------------------------------------

@@ -31,7 +31,8 @@ from tests.distributed.rank_model import (
 from tests.distributed.tiny_models import tiny_folder
 from tests.peft.method_run import adapter_rank
 from tests.peft.peft_run import LEARNING_RATE, peft_steps
-from tests.peft.test_lora import ALL, expert_folder, peft_folder
+from tests.peft.test_experts import expert_folder
+from tests.peft.test_lora import ALL, peft_folder
 from tests.training.checkpoint_run import assemble, saved_and_loaded, with_checkpoints
 
 # 192 columns: three blocks, so that two tensor parallel ranks cut the middle one. The smaller matrices have 256 scales,

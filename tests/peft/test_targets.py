@@ -39,6 +39,7 @@ def rules(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ("qwen3-moe", ["mlp"], 3),
         ("qwen3-moe", ["gate_proj"], 3 * 8 + 1),
         ("qwen3-moe", ["model.layers.0.mlp.experts.5.*"], 3),
+        ("qwen3-moe", ["gate_up_proj", "model.layers.2.mlp.experts.down_proj"], 3 * 16 + 8),  # transformers' tensors
     ],
 )
 def test_select(rules: Any, variant: str, targets: list[str], count: int) -> None:
@@ -89,8 +90,12 @@ def test_settings_of_a_folder(tmp_path: Path) -> None:
         ({"bias": "all"}, r"bias: 'all' is not supported"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save: 'lm_head' has no tensor in adapter_model\.safetensors"),
         ({"rank_pattern": {"q_proj": 8}}, r"rank_pattern: .* is not supported"),
-        ({"alpha_pattern": {"q_proj": 8}}, r"alpha_pattern: .* is not supported"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, r"target_parameters: .* is not supported"),
+        ({"alpha_pattern": {"q_proj": 9}}, r"alpha_pattern: .* is not supported"),
+        (
+            {"rank_pattern": {"q_proj": 4}, "alpha_pattern": {"q_proj": 2}},
+            r"alpha_pattern: .* scaling 0\.5; allowed: r",
+        ),
+        ({"target_parameters": "experts.down_proj"}, r"target_parameters: found .*; it must be a list"),
         ({"fan_in_fan_out": True}, r"fan_in_fan_out: True is not supported; allowed: it is left out or off"),
         ({"init_lora_weights": "pissa"}, r"init_lora_weights: 'pissa' is not supported"),
         ({"a_new_feature": True}, r"a_new_feature: True is not supported; allowed: it is left out or off"),
