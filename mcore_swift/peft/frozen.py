@@ -199,7 +199,7 @@ class _FrozenLinear(torch.autograd.Function):
             out.add_(bias)
         ctx.layer, ctx.preparation = layer, preparation
         ctx.save_for_backward(flat if parameters or preparation is not None else None, kept, low, *parameters)
-        return out.view(*inputs.shape[:-1], -1)
+        return out.view(*inputs.shape[:-1], out.size(-1))  # an expert may have no tokens: −1 could be any size
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -220,7 +220,7 @@ class _FrozenLinear(torch.autograd.Function):
         if low is not None and low_grad is not None:
             own = layer.branch.shares(low_grad.t() @ prepared, grad.t() @ low)
             own = [layer.given(parameter, share) for parameter, share in zip(parameters, own, strict=True)]
-        return back.view(*grads[0].shape[:-1], -1), None, *own
+        return back.view(*grads[0].shape[:-1], back.size(-1)), None, *own
 
 
 def fits(branch: LoraBranch) -> bool:

@@ -151,6 +151,16 @@ def test_main_gradients_are_added_to() -> None:
         torch.testing.assert_close(parameter.main_grad, 1 + 2 * grad)  # type: ignore[attr-defined]
 
 
+def test_an_expert_that_gets_no_tokens() -> None:
+    module = NormedLinear(norm=False, bias="none")
+    branch = branch_on(module, SETTINGS, ("q", "k", "v"))
+    inputs = torch.randn(0, COLUMNS, requires_grad=True)
+    out, _ = FrozenLinear(branch, single=lambda: True)(inputs)
+    assert out.shape == (0, ROWS)
+    gradients = torch.autograd.grad(out.sum(), [inputs, *branch.parameters()])
+    assert gradients[0].shape == inputs.shape and not any(bool(gradient.any()) for gradient in gradients)
+
+
 def test_it_steps_aside(monkeypatch: pytest.MonkeyPatch) -> None:
     module = NormedLinear(norm=True, bias="none")
     branch = branch_on(module, SETTINGS, ("q",))
