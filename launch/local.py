@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from launch.agent.attempt import Command, start_command
-from launch.agent.job import Job, RunFolder
+from launch.agent.job import Job, RunFolder, job_of
 from launch.supervise import supervise
 from mcore_swift.errors import InputError
 from mcore_swift.recipe import Recipe
@@ -41,21 +40,6 @@ def checked_recipe(path: Path, overrides: Sequence[str]) -> Recipe:
     if recipe.checkpoint.resume == "never":
         raise InputError("checkpoint.resume: never can't be launched: an attempt goes on from the one before; use auto")
     return recipe
-
-
-def job_of(
-    *, nodes: int, ranks_per_node: int, max_restarts: int, step_timeout: int | None, bad_steps: str, spares: int = 0
-) -> Job:
-    """job.json from the command line's options."""
-    return Job(
-        id=secrets.token_hex(4),
-        nodes=nodes,
-        ranks_per_node=ranks_per_node,
-        spares=spares,
-        max_restarts=max_restarts,
-        bad_steps=bad_steps,
-        timeouts={} if step_timeout is None else {"train": float(step_timeout)},
-    )
 
 
 def prepare(recipe: Recipe, job: Job) -> RunFolder:

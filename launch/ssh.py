@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.local import AGENT, checked_recipe, job_of, prepare
+from launch.agent.job import job_of
+from launch.local import AGENT, checked_recipe, prepare
 from launch.supervise import supervise
 from mcore_swift.errors import InputError
 

@@ -153,12 +153,20 @@ class Supervisor:
             outcome="failed",
             code=EXIT_FAILED,
             cause="the supervisor died",
+            node=self._place_of(last),
             step=int(progress.get("step", 0)),
             checkpoint_before=before,
             checkpoint_after=newest,
             ended=float(progress.get("time", 0.0)),
         )
         self._tell(result, Decision(action="restart", reason="going on in this job"))
+
+    def _place_of(self, attempt: int) -> str | None:
+        """The host that the attempt's supervisor ran on, where the fence still says so."""
+        fence = read_json(self.run_folder.path / "attempt.json") or {}
+        if fence.get("attempt") != attempt or fence.get("supervisor") is None:
+            return None
+        return str(fence["supervisor"]).rpartition(":")[0]
 
     def _wait(self, seconds: float) -> bool:
         """Waits; False when a stop was asked for meanwhile."""

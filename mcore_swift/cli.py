@@ -296,6 +296,8 @@ def _merge(*, base: Path, adapter: Path, destination: Path, dtype: str | None) -
 
 
 def _add_launch_without_scheduler(verbs: Any) -> None:
+    from launch.slurm.options import add_recovery
+
     local = verbs.add_parser("local", help="on this machine", allow_abbrev=False)
     local.usage = "%(prog)s RECIPE [--section.key VALUE ...] [options]"
     local.set_defaults(run=_launch_local)
@@ -310,12 +312,7 @@ def _add_launch_without_scheduler(verbs: Any) -> None:
     ssh.set_defaults(run=_launch_ssh)
     for parser in (local, ssh):
         parser.add_argument("recipe", metavar="RECIPE", type=Path, help="YAML file; its checkpoint.dir is the run")
-        help_text = "inside this start; default: %(default)s"
-        parser.add_argument("--max-restarts", metavar="N", type=_SEED, default=10, help=help_text)
-        help_text = "seconds in one step after which a silent rank hangs; default: 600"
-        parser.add_argument("--step-timeout", metavar="S", type=_COUNT, help=help_text)
-        help_text = "a step whose loss is not finite: stop, or leave its data out; default: %(default)s"
-        parser.add_argument("--bad-steps", choices=["stop", "rewind"], default="stop", help=help_text)
+        add_recovery(parser, count=_COUNT, natural=_SEED)
     status = verbs.add_parser("status", help="say how a run is doing", allow_abbrev=False)
     status.add_argument("folder", metavar="RUN", type=Path, help="the run's folder")
     status.add_argument("--json", dest="as_json", action="store_true", help="print JSON in place of text")

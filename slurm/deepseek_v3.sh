@@ -8,7 +8,6 @@
 #SBATCH --time=7-00:00:00
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
-#SBATCH --no-kill
 #SBATCH --open-mode=append
 # DeepSeek-V3 on 2,048 GPUs. Expert groups of 64 exchange over InfiniBand, hence --fast-domain.
 exec "${SLURM_SUBMIT_DIR:?submit it with sbatch, from the checkout}/slurm/with_site.sh" \

@@ -8,7 +8,6 @@
 #SBATCH --time=2-00:00:00
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
-#SBATCH --no-kill
 #SBATCH --open-mode=append
 # Qwen3-235B-A22B on 1,024 GPUs. Expert groups of 32 exchange over InfiniBand, hence --fast-domain.
 exec "${SLURM_SUBMIT_DIR:?submit it with sbatch, from the checkout}/slurm/with_site.sh" \

@@ -8,7 +8,6 @@
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
-#SBATCH --no-kill
 #SBATCH --open-mode=append
 # Qwen3-30B-A3B, all parameters: its experts over the 8 GPUs of a node.
 exec "${SLURM_SUBMIT_DIR:?submit it with sbatch, from the checkout}/slurm/with_site.sh" \

@@ -8,7 +8,6 @@
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
-#SBATCH --no-kill
 #SBATCH --open-mode=append
 # DPO of Qwen2.5-72B: sbatch slurm/qwen72b_dpo.sh --model.path FOLDER --data.train FILE.jsonl
 exec "${SLURM_SUBMIT_DIR:?submit it with sbatch, from the checkout}/slurm/with_site.sh" \

@@ -8,7 +8,6 @@
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
-#SBATCH --no-kill
 #SBATCH --open-mode=append
 # Qwen2.5-72B, all parameters: TP8 in each node, a pipeline of 4 nodes. More nodes: more replicas.
 exec "${SLURM_SUBMIT_DIR:?submit it with sbatch, from the checkout}/slurm/with_site.sh" \

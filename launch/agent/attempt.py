@@ -33,6 +33,7 @@ POLL_SECONDS = 0.1
 PROGRESS_SECONDS = 2.0
 MANY_RANKS = 512  # a report takes a moment of each rank
 REMEMBERED_STEPS = 50  # of each rank, for the report of slow ones
+LOST = ("node lost", "agent did not start", "agent died")  # of several, the first explains the others
 SLOW = 1.25  # times the median of all ranks
 Command = Callable[[Sequence[str], Path], Any]  # starts words with their output into a file; a Popen, or like one
 
@@ -102,7 +103,8 @@ class Attempt:
         finally:
             self._send(type="kill")
             self._write_progress(every=0.0)
-            _end_launchers([process for _, process in launchers])
+            gone = any(node.lost == "node lost" for node in self.nodes.values())
+            _end_launchers([process for _, process in launchers], at_once=gone)
             for line in [*self.strangers, *(node.line for node in self.nodes.values() if node.line)]:
                 line.close()
         after = newest_checkpoint(self.run_folder.path)
@@ -167,6 +169,7 @@ class Attempt:
             line.close()
             return
         node.line, node.heard = line, time.monotonic()
+        line.send({"type": "welcome"})
         self._hear(node, messages[1:])
 
     def _hear(self, node: Node, messages: list[dict[str, Any]]) -> None:
@@ -228,6 +231,8 @@ class Attempt:
             self._kill()
         if self.failed is not None and now - self.failed > 2 * SETTLE_SECONDS:
             self._kill()
+        if any(node.lost == "node lost" for node in self.nodes.values()):  # nothing more can explain that
+            self._kill(at_once=True)
         if self.dumped is not None and now - self.dumped > DUMP_SECONDS:
             self._kill()
 
@@ -237,10 +242,10 @@ class Attempt:
             self.say("a rank hangs: every rank is asked for its stacks")
             self._send(type="dump")
 
-    def _kill(self) -> None:
+    def _kill(self, *, at_once: bool = False) -> None:
         if self.killed is None:
             self.killed = time.monotonic()
-            self._send(type="kill")
+            self._send(type="kill", at_once=at_once)
 
     def _send(self, **message: Any) -> None:
         for node in self.nodes.values():
@@ -281,7 +286,8 @@ class Attempt:
         where = {"started": started, "ended": time.time(), "checkpoint_before": before, "checkpoint_after": after}
         common = {"attempt": self.fence.attempt, "hosts": self.fence.hosts, **where}
         if lost and not (ends and ends[0].blame[0] == 0):  # the others suffer from it
-            node = min(lost, key=lambda node: node.lost != "node lost")
+            # srun ends the other agents, too, when it can't start one.
+            node = min(lost, key=lambda node: LOST.index(node.lost or ""))
             message = " | ".join(read_tail(self.folder / "launcher.log")[-3:])
             failed = {"outcome": "failed", "code": EXIT_FAILED, "cause": node.lost, "node": node.name}
             return Result(**common, **failed, message=message, step=step)  # type: ignore[arg-type]
@@ -342,9 +348,9 @@ def newest_checkpoint(run: Path) -> int:
     return max(map(checkpoint_step, complete_checkpoints(run / "checkpoints")), default=0)
 
 
-def _end_launchers(processes: Sequence[Any]) -> None:
-    """TERM, then KILL: an srun whose node is lost would wait for it."""
-    for number, seconds in ((signal.SIGTERM, 1.0), (signal.SIGKILL, 5.0)):
+def _end_launchers(processes: Sequence[Any], *, at_once: bool) -> None:
+    """TERM, a second later KILL; at once where a node is lost, since srun would wait for it."""
+    for number, seconds in ((signal.SIGTERM, 0.0 if at_once else 1.0), (signal.SIGKILL, 5.0)):
         for process in processes:
             if process.poll() is None:
                 with contextlib.suppress(ProcessLookupError):

@@ -25,6 +25,7 @@ CAUSES: list[tuple[str, str]] = [
     ("disk full", r"No space left on device|Disk quota exceeded|File too large"),
     ("CUDA out of memory", r"CUDA out of memory|OutOfMemoryError|CUBLAS_STATUS_ALLOC_FAILED"),
     ("out of memory", r"MemoryError|Cannot allocate memory|DefaultCPUAllocator: can't allocate"),
+    ("port in use", r"EADDRINUSE|[Aa]ddress already in use"),
     ("NCCL timeout", r"Watchdog caught collective operation timeout|NCCL.{0,80}time(d )?out"),
     ("lost a peer", r"ncclRemoteError|ncclSystemError|[Cc]onnection (was )?(closed|reset|refused)|Broken pipe"),
     ("lost a peer", r"remote process exited|DistNetworkError|DistStoreError|Timed out waiting .*(client|recv|store)"),

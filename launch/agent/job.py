@@ -73,7 +73,7 @@ class Job:
     max_rewinds: int = 3
     timeouts: dict[str, float | None] = field(default_factory=dict)  # a phase's seconds, over PHASE_SECONDS
     check_in_seconds: float = 120.0  # for all agents of an attempt to report
-    lost_seconds: float = 8.0  # of silence, after which a node, or the supervisor, counts as lost
+    lost_seconds: float = 7.0  # of silence, after which a node, or the supervisor, counts as lost
     grace_seconds: float = 2.0  # between TERM and KILL when an attempt has failed
     stop_seconds: float = 900.0  # for the step under way and the checkpoint when asked to stop
     backoff_seconds: float = 5.0  # before the second restart in a row without progress; doubles, at most 300
@@ -93,6 +93,29 @@ class Job:
         words = [sys.executable, "-m", "mcore_swift.cli", "train", str(run / "recipe.yaml")]
         words += ["--checkpoint.dir", str(run), *self.overrides]
         return [*words, "--schedule.skip_steps", json.dumps(skip_steps)] if skip_steps else words
+
+
+def job_of(
+    *,
+    nodes: int,
+    ranks_per_node: int,
+    max_restarts: int,
+    step_timeout: int | None,
+    bad_steps: str,
+    spares: int = 0,
+    environment: dict[str, str] | None = None,
+) -> Job:
+    """job.json from the command line's options; a scheduler's job id comes later."""
+    return Job(
+        id=secrets.token_hex(4),
+        nodes=nodes,
+        ranks_per_node=ranks_per_node,
+        spares=spares,
+        max_restarts=max_restarts,
+        bad_steps=bad_steps,
+        timeouts={} if step_timeout is None else {"train": float(step_timeout)},
+        environment=environment or {},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,9 +76,10 @@ def decide(
         return Decision(action="done", reason="done")
     if result.outcome == "stopped":
         return Decision(action="requeue", reason="stopped on request", code=EXIT_TRY_AGAIN, exclude=[*bad])
-    if result.code in (EXIT_INPUT, EXIT_NEVER_RESTART):
-        reason = "to be put right first" if result.code == EXIT_INPUT else "it must not be restarted"
-        return Decision(action="stop", reason=reason, code=result.code)
+    if result.code == EXIT_NEVER_RESTART:
+        return Decision(action="stop", reason="it must not be restarted", code=EXIT_NEVER_RESTART)
+    if result.code == EXIT_INPUT or result.cause == "disk full":
+        return Decision(action="stop", reason="to be put right first", code=EXIT_INPUT)
     skipped = list(skip_steps)
     rewinds = result.cause == "not finite" and job.bad_steps == "rewind"
     if result.cause == "not finite":
@@ -126,8 +127,8 @@ def _given_up(
         return []
     spare = len([host for host in hosts if host not in bad]) > nodes
     again = bool(earlier) and earlier[-1].get("node") == node and earlier[-1].get("outcome") == "failed"
-    lost = result.cause == "node lost"  # it is no use even without a spare
-    return [node] if lost or (spare and (again or result.cause in (*NODE_LOST, *NODE_SUSPECT))) else []
+    lost = result.cause in NODE_LOST  # it is no use even without a spare
+    return [node] if lost or (spare and (again or result.cause in NODE_SUSPECT)) else []
 
 
 def _without_progress(result: Result, earlier: Sequence[dict[str, Any]]) -> int:

@@ -134,6 +134,20 @@ class Agent:
             return
         self.line = connect(self.fence.supervisor, seconds=self.job.lost_seconds)
         self._tell(type="hello", token=self.fence.token, node=self.node, node_rank=self.node_rank, pid=os.getpid())
+        self._wait_for_welcome()
+
+    def _wait_for_welcome(self) -> None:
+        """Raises OSError when the supervisor doesn't want this agent: there is another one in its place."""
+        assert self.line is not None
+        deadline = time.monotonic() + self.job.check_in_seconds
+        while time.monotonic() < deadline and not self.line.closed:
+            messages = self.line.receive()
+            for message in messages:
+                self._obey(message)
+            if any(message.get("type") == "welcome" for message in messages):
+                return
+            self._wait()
+        raise OSError(f"the supervisor at {self.fence.supervisor} does not want this agent")
 
     def _tell(self, **message: Any) -> None:
         if self.line is not None:
@@ -157,7 +171,7 @@ class Agent:
             case "dump":
                 self._dump()
             case "kill":
-                self._end_ranks()
+                self._end_ranks(at_once=message.get("at_once", False))
 
     # --- the ranks ----------------------------------------------------------------------------------------------------
 
@@ -267,12 +281,12 @@ class Agent:
                     command = [program, "dump", "--nonblocking", "--pid", str(rank.process.pid)]
                     subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
 
-    def _end_ranks(self) -> None:
+    def _end_ranks(self, *, at_once: bool = False) -> None:
         """TERM to all that still run; KILL follows after the grace, or at once if they hang anyway."""
         if self.ending is None:
             self.ending = time.monotonic()
             for rank in self._running():
-                spawn.end(rank.process, signal.SIGTERM if self.dumped is None else signal.SIGKILL)
+                spawn.end(rank.process, signal.SIGKILL if at_once or self.dumped is not None else signal.SIGTERM)
 
     def _kill_all(self) -> None:
         """KILL to the ranks and to whatever they have started."""

@@ -87,6 +87,13 @@ def listen(host: str) -> socket.socket:
 
 
 def connect(address: str, *, seconds: float) -> Line:
-    """Connects to HOST:PORT. Raises OSError."""
+    """Connects to HOST:PORT. Raises OSError.
+
+    When the other end's kernel has not confirmed for `seconds` what was sent, the line closes: the node, or the way to
+    it, is lost. A process there that is slow does not count, its kernel confirms.
+    """
     host, _, port = address.rpartition(":")
-    return Line(socket.create_connection((host.strip("[]"), int(port)), timeout=seconds))
+    connection = socket.create_connection((host.strip("[]"), int(port)), timeout=seconds)
+    with contextlib.suppress(AttributeError, OSError):  # Linux has it
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * seconds))
+    return Line(connection)

@@ -4,7 +4,8 @@ It runs on the job's first node, again from the start whenever Slurm requeues th
 time limit's signal may come at any moment.
 
 Nodes found bad are left out in favour of spares. Too few good ones, or a supervisor that gives 75: the job goes back to
-the queue without the nodes at fault (`ExcNodeList`), at most `max_requeues` times.
+the queue, at most `max_requeues` times. Where nodes are at fault, a successor that excludes them takes its place: Slurm
+changes a job's `ExcNodeList` only while it waits, and a job that is requeued doesn't live to see that.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import argparse
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -27,7 +29,8 @@ from launch.slurm.prepare import Settings, read_settings
 from mcore_swift.errors import EXIT_FAILED, EXIT_INPUT, EXIT_TRY_AGAIN, InputError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# Steps: beside whatever else the job runs, on all its cores, and not ended because one node is lost.
+# Steps: beside whatever else the job runs, on all its cores, and not ended because one node is lost. Each also needs
+# --ntasks: srun would take it from the job's SLURM_NTASKS, and put the spares' tasks on the nodes that it has.
 SRUN = ["srun", "--overlap", "--ntasks-per-node=1", "--cpu-bind=none", "--kill-on-bad-exit=0", "--no-kill"]
 
 
@@ -92,15 +95,17 @@ def _job(run: Path, stop: Stop) -> int:
             say(f"preflight: {host} is left out: {reason}")
     good = [host for host in hosts if host not in bad]
     if stop.received is not None:
-        return _again(settings, "stopped before the start", [])
+        return again(settings, "stopped before the start")
     if len(good) < settings.nodes:
         reason = f"{len(good)} of {len(hosts)} nodes are good, {settings.nodes} are needed"
-        return _again(settings, reason, list(bad))
-    code = stop.run(supervisor_words(settings, run, good))
+        return again(settings, reason, successor_of(run, list(bad)))
+    with _watched(settings, run, good):
+        code = stop.run(supervisor_words(settings, run, good))
     if code != EXIT_TRY_AGAIN:
         return EXIT_FAILED if code is None or code < 0 else code
     verdict = (folder.verdicts() or [{}])[-1]
-    return _again(settings, str(verdict.get("line", "the run can go on")), verdict.get("exclude", []))
+    reason, exclude = str(verdict.get("line", "the run can go on")), verdict.get("exclude", [])
+    return again(settings, reason, successor_of(run, exclude))
 
 
 def job_hosts() -> list[str]:
@@ -119,8 +124,18 @@ def placed(settings: Settings, hosts: Sequence[str]) -> list[str]:
 
 def agent_words(settings: Settings) -> list[str]:
     """What starts the agents of one attempt; the supervisor fills in the braces."""
-    where = ["--nodes={count}", "--nodelist={nodes}"]
+    where = ["--nodes={count}", "--ntasks={count}", "--nodelist={nodes}"]
     return [*SRUN, *where, *settings.srun, *settings.python, "-m", "launch.agent", "--run={run}", "--attempt={attempt}"]
+
+
+def watch_words(run: Path, hosts: Sequence[str], address: str) -> list[str]:
+    """Two nodes that notice when this one is lost."""
+    words = [*SRUN, *_where(hosts[:2]), sys.executable, "-m", "launch.slurm.watch"]
+    return [*words, f"--run={run}", f"--batch={address}"]
+
+
+def _where(hosts: Sequence[str]) -> list[str]:
+    return [f"--nodes={len(hosts)}", f"--ntasks={len(hosts)}", f"--nodelist={','.join(hosts)}"]
 
 
 def supervisor_words(settings: Settings, run: Path, hosts: Sequence[str]) -> list[str]:
@@ -130,44 +145,90 @@ def supervisor_words(settings: Settings, run: Path, hosts: Sequence[str]) -> lis
 
 def preflight_words(settings: Settings, folder: Path, hosts: Sequence[str], clock: str) -> list[str]:
     """One step over all nodes."""
-    where = [f"--nodes={len(hosts)}", f"--nodelist={','.join(hosts)}"]
-    words = [*SRUN, *where, *settings.srun, *settings.python, "-m", "launch.preflight"]
+    words = [*SRUN, *_where(hosts), *settings.srun, *settings.python, "-m", "launch.preflight"]
     words += [f"--folder={folder}", f"--hosts={','.join(hosts)}", f"--clock={clock}"]
     words += [f"--gpus={0 if settings.on_cpu else settings.gpus_per_node}"]
     return [*words, *(f"--limit={limit}" for limit in (settings.preflight or "").split())]
 
 
-def _again(settings: Settings, reason: str, exclude: Sequence[str]) -> int:
-    """Sends the job back to the queue where that is wanted and allowed; returns the exit code for where it is not."""
-    job, restarts = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+@contextlib.contextmanager
+def _watched(settings: Settings, run: Path, hosts: Sequence[str]) -> Iterator[None]:
+    """Other nodes watch this one, where Slurm was asked to keep a job whose node is lost (launch.slurm.watch)."""
+    me = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    others = [host for host in hosts if host != me]
+    if not settings.spares or not others:
+        yield
+        return
+    with socket.create_server(("", 0), backlog=16) as server:  # the kernel answers for it, nobody else has to
+        words = watch_words(run, others, f"{me}:{server.getsockname()[1]}")
+        watch = subprocess.Popen(words, stdin=subprocess.DEVNULL, start_new_session=True)
+        try:
+            yield
+        finally:
+            watch.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                watch.wait(3)
+            watch.kill()
+
+
+def may_requeue(settings: Settings) -> bool:
+    return settings.requeue and int(os.environ.get("SLURM_RESTART_COUNT", "0")) < settings.max_requeues
+
+
+def successor_of(run: Path, exclude: Sequence[str]) -> list[str]:
+    """What submits this job again without the nodes to exclude; nothing where there are none."""
+    if not exclude:
+        return []
+    job, task, shown = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_TASK_ID"), shown_job()
+    nodes = ",".join(sorted({*expand(field(shown, "ExcNodeList")), *exclude}))
+    words = ["sbatch", "--parsable", f"--exclude={nodes}", f"--dependency=afterany:{job}"]
+    given = {"partition": "Partition", "account": "Account", "qos": "QOS", "time": "TimeLimit", "job-name": "JobName"}
+    words += [f"--{option}={value}" for option, name in given.items() if (value := field(shown, name))]
+    words += [] if task is None else [f"--array={task}"]
+    script = next(path / "job.sh" for path in (run, run.parent) if (path / "job.sh").is_file())  # of a sweep: above
+    return [*words, str(script)]
+
+
+def again(settings: Settings, reason: str, successor: Sequence[str] = ()) -> int:
+    """Sends the job back to the queue where that is wanted and allowed, or submits its successor.
+
+    Returns the exit code for where it still lives afterwards.
+    """
+    job = os.environ["SLURM_JOB_ID"]
     if not settings.requeue:
         say(f"{reason}; submit {os.environ.get('SLURM_JOB_NAME', 'the job')} again to go on")
         return EXIT_TRY_AGAIN
-    if restarts >= settings.max_requeues:
-        say(f"{reason}; not again: requeued {restarts} times already")
+    if not may_requeue(settings):
+        say(f"{reason}; not again: requeued {settings.max_requeues} times already")
         return EXIT_FAILED
-    shown = _output(["scontrol", "--oneliner", "show", "job", job])
-    if _field(shown, "JobState") != "RUNNING":  # cancelled, or already on its way back to the queue
-        say(f"{reason}; Slurm has the job as {_field(shown, 'JobState')}")
+    shown = shown_job()
+    if field(shown, "JobState") != "RUNNING":  # cancelled, or already on its way back to the queue
+        say(f"{reason}; Slurm has the job as {field(shown, 'JobState')}")
         return EXIT_TRY_AGAIN
-    if exclude:
-        before = _field(shown, "ExcNodeList")
-        listed = sorted({*expand(before), *exclude})
-        _output(["scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(listed)}"])
-    say(f"{reason}; requeued" + (f" without {', '.join(exclude)}" if exclude else ""))
+    if successor and (number := _output(successor).strip()):
+        say(f"{reason}; job {number} goes on, {successor[2].removeprefix('--')}")
+        return EXIT_TRY_AGAIN
+    say(f"{reason}; requeued")
     _output(["scontrol", "requeue", job])  # ends this process, too
     time.sleep(60)
     return EXIT_TRY_AGAIN
 
 
-def _field(text: str, name: str) -> str:
+def shown_job() -> str:
+    """What Slurm says of this job, in one line; nothing where it doesn't answer."""
+    return _output(["scontrol", "--oneliner", "show", "job", os.environ["SLURM_JOB_ID"]])
+
+
+def field(text: str, name: str) -> str:
     value = text.partition(f" {name}=")[2].split(" ")[0].strip()
     return "" if value == "(null)" else value
 
 
 def _output(words: Sequence[str]) -> str:
     """What a Slurm command prints; nothing where it fails, which is said."""
-    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    # SBATCH_… variables of the shell would go before a script's own lines.
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("SBATCH_")}
+    done = subprocess.run(words, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
         say(f"{' '.join(words)}: {done.stderr.strip()}")
     return done.stdout if done.returncode == 0 else ""

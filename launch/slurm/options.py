@@ -27,10 +27,21 @@ def add_slurm(parser: argparse.ArgumentParser, *, count: Count, natural: Count) 
     parser.add_argument("--dependency", metavar="WHAT", help="as sbatch takes it: afterok:JOB, singleton")
     parser.add_argument("--name", metavar="NAME", help="of the job; default: the recipe's")
     parser.add_argument("--site", metavar="FILE", type=Path, help="default: slurm/site.env of the checkout")
+    add_recovery(parser, count=count, natural=natural)
     parser.add_argument("--no-preflight", action="store_true", help="don't test the nodes first")
     parser.add_argument("--here", action="store_true", help="run in this allocation (slurm/*.sh do)")
     parser.add_argument("--dry-run", action="store_true", help="print everything, ask sbatch --test-only, and stop")
     parser.set_defaults(run=_slurm)
+
+
+def add_recovery(parser: argparse.ArgumentParser, *, count: Count, natural: Count) -> None:
+    """What every way of launching a run that survives can be told."""
+    help_text = "inside this start; default: %(default)s"
+    parser.add_argument("--max-restarts", metavar="N", type=natural, default=10, help=help_text)
+    help_text = "seconds in one step after which a silent rank hangs; default: 600"
+    parser.add_argument("--step-timeout", metavar="S", type=count, help=help_text)
+    help_text = "a step whose loss is not finite: stop, or leave its data out; default: %(default)s"
+    parser.add_argument("--bad-steps", choices=["stop", "rewind"], default="stop", help=help_text)
 
 
 def _slurm(*, overrides: Sequence[str] = (), **options: Any) -> int:

@@ -39,19 +39,12 @@ def read_settings(run: Path) -> Settings:
         raise InputError(f"{run / SETTINGS}: missing or damaged; `mcore-swift launch slurm` writes it") from None
 
 
-def prepare(run: Path, recipe_text: str, settings: Settings, *, environment: dict[str, str], command: str) -> None:
+def prepare(run: Path, recipe_text: str, settings: Settings, *, job: Job, command: str) -> None:
     """Writes one run's folder; a job may start it as soon as slurm.json is there."""
     run.mkdir(parents=True, exist_ok=True)
     folder = RunFolder(run)
     (run / "recipe.yaml").write_text(f"# {command}\n{recipe_text}", encoding="utf-8")
-    folder.write_job(
-        Job(
-            nodes=settings.nodes,
-            ranks_per_node=settings.gpus_per_node,
-            spares=settings.spares,
-            environment=environment,
-        )
-    )
+    folder.write_job(job)
     write_json(run / SETTINGS, asdict(settings))  # last
 
 

@@ -60,7 +60,8 @@ def directives(request: Request) -> list[str]:
         "mem": 0,
         "time": request.time,
         "signal": f"B:USR1@{USR1_SECONDS}" if _seconds(request.time) > 2 * USR1_SECONDS else "B:USR1@30",
-        "no-kill": True,
+        # Without spares a lost node ends the job anyway, and Slurm requeues it: also when it is the batch script's.
+        "no-kill": True if request.spares else None,
         "requeue" if request.requeue else "no-requeue": True,
         "open-mode": "append",
         "output": request.run / f"slurm-{log}.log",

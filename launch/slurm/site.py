@@ -7,6 +7,7 @@ exported to every rank.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Mapping
@@ -93,13 +94,15 @@ class Site:
 
 
 def read_site(path: Path | None) -> Site:
-    """Reads site.env. `path` None: slurm/site.env of the checkout, and nothing where there is none.
+    """Reads site.env. `path` None: what MCORE_SWIFT_SITE names, as slurm/with_site.sh does, else slurm/site.env of the
+    checkout, and nothing where there is none.
 
     Raises InputError with the file and line of what can't be read.
     """
-    if path is None and not DEFAULT.is_file():
+    named = os.environ.get("MCORE_SWIFT_SITE")
+    path = path or (Path(named) if named else DEFAULT)
+    if path == DEFAULT and not DEFAULT.is_file():
         return Site()
-    path = path or DEFAULT
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launch.agent.job import Job, job_of
 from launch.preflight.limits import read_limits
 from launch.slurm import rank_map
 from launch.slurm.prepare import SETTINGS, Settings, absolute, check_new, prepare, sweep
@@ -48,6 +49,9 @@ class Options:
     name: str | None = None
     run_folder: Path | None = None
     site: Path | None = None
+    max_restarts: int = 10
+    step_timeout: int | None = None
+    bad_steps: str = "stop"
     no_preflight: bool = False
     here: bool = False
     dry_run: bool = False
@@ -62,6 +66,7 @@ class Launch:
     outline: Outline
     recipes: tuple[str, ...]  # of the run, or of each task of a sweep
     settings: Settings
+    job: Job
     script: str
 
     @property
@@ -99,7 +104,7 @@ def write(found: Launch) -> Path:
     script = run / "job.sh"
     script.write_text(found.script, encoding="utf-8")
     for place, text in zip(found.runs, found.recipes, strict=True):
-        prepare(place, text, found.settings, environment=dict(found.site.exported), command=command)
+        prepare(place, text, found.settings, job=found.job, command=command)
     return script
 
 
@@ -136,7 +141,16 @@ def _checked(options: Options, *, run: Path) -> Launch:
     )
     venv = _venv(site)
     settings = _settings(options, site, request, outline.plan, venv)
-    return Launch(request, site, outline, tuple(texts), settings, render(request, site, venv=venv))
+    job = job_of(
+        nodes=request.nodes,
+        ranks_per_node=gpus,
+        spares=request.spares,
+        max_restarts=options.max_restarts,
+        step_timeout=options.step_timeout,
+        bad_steps=options.bad_steps,
+        environment=dict(site.exported),
+    )
+    return Launch(request, site, outline, tuple(texts), settings, job, render(request, site, venv=venv))
 
 
 def _settings(options: Options, site: Site, request: Request, plan: ParallelPlan, venv: Path) -> Settings:

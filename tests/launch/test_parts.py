@@ -89,6 +89,10 @@ def test_the_ladder() -> None:
     line = sentence(failed(2, rank=13, cause="CUDA out of memory"), choose(failed(2), failed(1)))
     assert line == "attempt 2 died: rank 13 on n2, CUDA out of memory at step 840; restarting on n5"
     assert choose(failed(1, cause="CUDA error"), hosts="n1 n2").hosts == ["n1", "n2"]  # no spare
+    full = choose(failed(1, cause="disk full"))  # also where it was not the trainer's own check that found it
+    assert (full.action, full.code) == ("stop", 2)
+    away = choose(failed(1, cause="agent did not start", rank=None), hosts="n1 n2")
+    assert (away.action, away.exclude) == ("requeue", ["n2"])
     lost = choose(failed(1, cause="node lost", rank=None), hosts="n1 n2")
     assert (lost.action, lost.code, lost.exclude) == ("requeue", 75, ["n2"])
     assert sentence(failed(1, cause="node lost", rank=None), lost) == (
