@@ -66,13 +66,19 @@ def _write_into(log: Path) -> None:
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
 
 
-def run(recipe: Path, folder: Path, disturb: Disturbance = lambda attempt, rank: None, **job: Any) -> int:
+def run(
+    recipe: Path,
+    folder: Path,
+    disturb: Disturbance = lambda attempt, rank: None,
+    overrides: Sequence[str] = (),
+    **job: Any,
+) -> int:
     """Launches the recipe on two local ranks at TP2; returns the supervisor's exit code."""
-    _import_once()
+    import_once()
 
     def launch() -> int:
-        spawn.start = _start(disturb)  # type: ignore[assignment]
-        resolved = checked_recipe(recipe, ["--checkpoint.dir", str(folder), "--parallel.tp", "2"])
+        spawn.start = start_with(disturb)  # type: ignore[assignment]
+        resolved = checked_recipe(recipe, ["--checkpoint.dir", str(folder), "--parallel.tp", "2", *overrides])
         defaults = {"ranks_per_node": 2, "grace_seconds": 0.5}
         found = prepare(resolved, Job(**{**defaults, **job}))
         words = [sys.executable, *AGENT, "--node", "local"]
@@ -82,7 +88,7 @@ def run(recipe: Path, folder: Path, disturb: Disturbance = lambda attempt, rank:
     return os.waitstatus_to_exitcode(os.waitpid(supervisor.pid, 0)[1])
 
 
-def _import_once() -> None:
+def import_once() -> None:
     """What every rank would import for itself otherwise."""
     prepared()
     import datasets  # noqa: F401
@@ -99,7 +105,7 @@ def _agent(words: Sequence[str], log: Path) -> Fork:
     return forked(lambda: main(words[3:]), log=log)
 
 
-def _start(disturb: Disturbance) -> Callable[..., Fork]:
+def start_with(disturb: Disturbance) -> Callable[..., Fork]:
     """launch.agent.spawn.start, by a fork."""
 
     def start(words: Sequence[str], *, environment: Mapping[str, str], log: Path, cpus: set[int]) -> Fork:

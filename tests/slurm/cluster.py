@@ -127,13 +127,17 @@ class Cluster:
     """`nodes` nodes n01, n02 … with `gpus` pretended GPUs each, in partitions `gpu` (preemptable) and `urgent`.
 
     `paper` more nodes, on paper only, are in the partition of that name. A leaf switch joins `leaf` nodes.
+    With `disk_mib` all nodes share a file system of that size at `folder`/disk; `disk` is its place outside of them.
     """
 
-    def __init__(self, *, nodes: int, gpus: int = 8, leaf: int = 2, paper: int = 0, plain: bool = False) -> None:
+    def __init__(
+        self, *, nodes: int, gpus: int = 8, leaf: int = 2, paper: int = 0, plain: bool = False, disk_mib: int = 0
+    ) -> None:
         self.names = [f"n{number:02d}" for number in range(1, nodes + 1)]
         self.gpus, self.leaf, self.paper = gpus, leaf, paper
         self.plain = plain or not namespaces_allowed()
         self.folder = Path(tempfile.mkdtemp(prefix="slurm"))  # short: it holds a socket
+        self.disk_mib = disk_mib
         self.processes: list[subprocess.Popen[bytes]] = []
         self.environment = os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": PATH}
 
@@ -159,10 +163,14 @@ class Cluster:
 
     # --- use ----------------------------------------------------------------------------------------------------------
 
+    @property
+    def disk(self) -> Path:
+        return Path(f"/proc/{self.head()}/root{self.folder}/disk")
+
     def run(self, *command: str, node: str | None = None, seconds: float = 60, **options: Any) -> str:
         """Runs a command on the head, or on a node, and returns its output. Raises ClusterError unless it gives 0."""
         folder = str(options.pop("cwd", os.getcwd()))
-        place = [] if self.plain else self._enter(self._head(), folder)
+        place = [] if self.plain else self._enter(self.head(), folder)
         if node and place:
             place += self._enter(self._pid(node), folder)
         done = subprocess.run(
@@ -198,7 +206,7 @@ class Cluster:
         """Waits until `holds()`; raises ClusterError with the logs' ends after `seconds`."""
         deadline = time.monotonic() + seconds
         while True:
-            with contextlib.suppress(ClusterError):
+            with contextlib.suppress(ClusterError, LookupError, OSError):  # not there yet
                 if holds():
                     return
             if time.monotonic() > deadline:
@@ -216,7 +224,12 @@ class Cluster:
     # --- faults -------------------------------------------------------------------------------------------------------
 
     def power_cut(self, node: str) -> None:
-        """Everything on the node dies at once."""
+        """Everything on the node dies at once, and nobody is told: no connection is closed."""
+        self.partition(node)
+        self.crash(node)
+
+    def crash(self, node: str) -> None:
+        """Everything on the node dies at once; its kernel still closes the connections."""
         self.run("kill", "-KILL", str(self._pid(node)))
 
     def boot(self, node: str) -> None:
@@ -239,6 +252,15 @@ class Cluster:
         """Numbers, on the node, of the processes whose command line holds `word`."""
         listed = self.run("ps", "-eo", "pid=,args=", node=node)
         return [int(line.split()[0]) for line in listed.splitlines() if word in line and "ps -eo" not in line]
+
+    def names_on(self, node: str) -> dict[str, int]:
+        """Names and numbers, on the node, of the processes that live there; none where the node is dead."""
+        try:
+            listed = self.run("ps", "-eo", "stat=,pid=,comm=", node=node)
+        except ClusterError:
+            return {}
+        found = [line.split(None, 2) for line in listed.splitlines()]
+        return {name.strip(): int(pid) for state, pid, name in found if state[0] not in "ZX"}
 
     # --- start --------------------------------------------------------------------------------------------------------
 
@@ -275,6 +297,8 @@ class Cluster:
         (self.folder / "munge.key").chmod(0o600)
         self.folder.chmod(0o755)
         (self.folder / "state").mkdir()
+        (self.folder / "disk").mkdir()
+        (self.folder / "disk_mib").write_text(str(self.disk_mib))
         host = os.uname().nodename.split(".")[0]
         first = 20_000 + secrets.randbelow(10_000)  # of plain mode's ports
         spread = f"NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first + 2}-{first + 1 + len(self.names)}]"
@@ -321,7 +345,7 @@ class Cluster:
 
     # --- namespaces ---------------------------------------------------------------------------------------------------
 
-    def _head(self) -> int:
+    def head(self) -> int:
         """The head's process 1, as this process sees it."""
         pid = self.processes[0].pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()

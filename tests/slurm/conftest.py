@@ -39,9 +39,13 @@ LIMITS = "disk_gib=0 tmp_gib=0 inodes=0 shm_gib=0.03 shared_mb_s=0 nofile=256 me
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
+    return make_place(tmp_path)
+
+
+def make_place(folder: Path) -> Path:
     """A folder with a recipe for two nodes of one rank each, and a site's file."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(MODEL))
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
-    (tmp_path / "site.env").write_text(f'MCORE_SWIFT_PREFLIGHT="{LIMITS}"\nMCORE_SWIFT_RUNS={tmp_path}/runs\n')
-    return tmp_path
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(json.dumps(MODEL))
+    (folder / "recipe.yaml").write_text(RECIPE)
+    (folder / "site.env").write_text(f'MCORE_SWIFT_PREFLIGHT="{LIMITS}"\nMCORE_SWIFT_RUNS={folder}/runs\n')
+    return folder

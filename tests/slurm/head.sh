@@ -9,6 +9,8 @@ export SLURM_CONF=$folder/slurm.conf
 
 hostname head
 mount --bind "$folder/hosts" /etc/hosts
+disk=$(cat "$folder/disk_mib" 2>/dev/null || echo 0)
+if ((disk)); then mount -t tmpfs -o "size=${disk}m" tmpfs "$folder/disk"; fi
 ip link set lo up
 ip link add nodes type bridge
 ip addr add "$network.254/24" dev nodes

@@ -39,12 +39,15 @@ runtime: {{device: cpu, threads: 1}}
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_recipe(tmp_path_factory.mktemp("resume"))
+
+
+def make_recipe(folder: Path) -> Path:
     """A recipe with a tiny model, a tokenizer of one token a word, and texts for two and a half epochs."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     prepared()
-    folder = tmp_path_factory.mktemp("resume")
     model = tiny_folder(folder / "model", "qwen2-tied")
     words = {f"w{number}": number for number in range(90)} | {"<end>": 90}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
