@@ -19,7 +19,7 @@ VERBS = {
     "inspect": "PATH --json --check",
     "merge": "BASE ADAPTER DST --dtype",
     "launch slurm": "RECIPE --nodes --gpus-per-node --fast-domain --run --spares --time --no-requeue --array --sweep "
-    "--dependency --name --site --no-preflight --here --dry-run",
+    "--dependency --name --site --max-restarts --step-timeout --bad-steps --no-preflight --here --dry-run",
     "launch local": "RECIPE --max-restarts --step-timeout --bad-steps",
     "launch ssh": "HOSTFILE --ranks-per-node --spares --address --ssh RECIPE --max-restarts --step-timeout --bad-steps",
     "launch status": "RUN --json",
