@@ -146,9 +146,20 @@ def preempt(job: Submitted) -> None:
 
 
 HANG = ("--step-timeout", "3")
-STOPPED = {"line": "attempt 1 stopped on request after step ", "then": "; to be started again", "restarts": 1}
-LOST = {"line": "attempt 1 died: n02, node lost at step ", "then": "restarting on n03", "hosts": ("n01", "n03")}
-ORPHANED = {"line": "attempt 1 died: n01, the supervisor died at step ", "then": "; going on in this job"}
+STOPPED: dict[str, Any] = {
+    "line": "attempt 1 stopped on request after step ",
+    "then": "; to be started again",
+    "restarts": 1,
+}
+LOST: dict[str, Any] = {
+    "line": "attempt 1 died: n02, node lost at step ",
+    "then": "restarting on n03",
+    "hosts": ("n01", "n03"),
+}
+ORPHANED: dict[str, Any] = {
+    "line": "attempt 1 died: n01, the supervisor died at step ",
+    "then": "; going on in this job",
+}
 FAULTS: dict[str, Fault] = {
     "crash": Fault(
         at_step=crash,
@@ -416,7 +427,8 @@ def test_a_chain_of_jobs(place: Path, left_alone: list[tuple[Any, ...]]) -> None
         words = ["--nodes", "2", "--no-preflight", "--no-requeue", "--array", "0-2%1"]
         job = submit(cluster, place, forks, *words, *WORDS)
         job.reach(FAULT_AT)
-        cluster.run("scancel", "--batch", "--signal=USR1", f"{job.number}_0")
+        (first,) = _tasks(cluster, job.number)
+        cluster.run("scancel", "--batch", "--signal=USR1", first["JobId"])
         job.until(lambda: len(_tasks(cluster, job.number)) == 3, "all three tasks have begun")
         job.until(lambda: all(row["JobState"] in ENDED for row in _tasks(cluster, job.number)), "all have ended")
         ends = [(row["JobState"], row["ExitCode"]) for row in _tasks(cluster, job.number)]
@@ -446,7 +458,7 @@ def test_a_shipped_script_submitted_as_it_is(place: Path, left_alone: list[tuple
     small |= {"schedule.global_batch_size": 4, "schedule.learning_rate": 1.0e-3, "schedule.warmup_steps": 0}
     small |= {"checkpoint.keep": 0, "checkpoint.export": "false", "logging.tensorboard": "false"}
     small |= {"runtime.device": "cpu", "runtime.threads": 1}
-    steps, interval = (STEPS, INTERVAL) if forked else (1000, 50)
+    steps, interval = (STEPS, INTERVAL) if forked else (400, 50)
     small |= {"schedule.steps": steps, "checkpoint.interval": interval}
     words = [f"--{key}={value}" for key, value in small.items()]
     disturb = noting_starts(place, on(1, 1, 9, crash), pace=PACE)
