@@ -4,8 +4,8 @@ Each field's comment, on its own line, is its documentation: `mcore-swift train 
 platform, model or other field makes impossible is an error, never ignored. `recipe_io` reads and writes the files.
 
 Relative paths in model.path, model.tokenizer, adapter.path, the paths of adapter.several,
-objective.reference_path, data.train, data.validation and data.chat_template are looked for in the current
-directory, then in the recipe file's folder; checkpoint.dir and data.cache_dir belong to the current directory.
+objective.reference_path, objective.teacher, data.train, data.validation and data.chat_template are looked for in the
+current directory, then in the recipe file's folder; checkpoint.dir and data.cache_dir belong to the current directory.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ LossName = Literal[
     "discopop",
     "kto",
     "apo_zero_unpaired",
+    "forward_kl",
+    "reverse_kl",
+    "js",
 ]
 
 
@@ -115,10 +118,10 @@ class DataSection(_Strict):
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveSection(_Strict):
-    name: Literal["sft", "dpo", "kto", "cpo", "simpo", "orpo", "rm"] = "sft"  # sft: next-token loss; rm: reward model
-    loss: LossName | None = None  # dpo, cpo: sigmoid (the default), hinge, ipo …; kto: kto, apo_zero_unpaired
+    name: Literal["sft", "dpo", "kto", "cpo", "simpo", "orpo", "rm", "distill"] = "sft"  # sft: next-token loss
+    loss: LossName | None = None  # dpo, cpo: sigmoid, hinge …; distill: forward_kl, reverse_kl, js; the first: default
     losses: dict[str, float] = field(default_factory=dict)  # dpo: several, with weights, in place of one
-    beta: float | None = None  # how closely rewards follow log-probabilities; default 0.1, simpo 2.0; orpo's λ
+    beta: float | None = None  # how closely rewards follow log-probabilities; default 0.1, simpo 2.0; orpo's λ; js's β
     gamma: float | None = None  # simpo: by how much the preferred answer should win; default 1.0
     label_smoothing: float = 0.0  # share of pairs that are taken to be the wrong way round (0 ≤ x < 0.5)
     sft_weight: float | None = None  # weight of the preferred answers' likelihood (rpo_alpha); default 0, cpo 1
@@ -133,6 +136,10 @@ class ObjectiveSection(_Strict):
     centering: float = 0.0  # rm: weight of (chosen + rejected score)², which keeps scores near 0; 0.01 is usual
     reference: Reference | None = None  # dpo, kto: whom to compare with; default: adapter_off, without lora: model
     reference_path: str | None = None  # folder of reference: model, precomputed; default: model.path, the run's start
+    teacher: str | None = None  # distill: folder of the frozen model to learn from, at the same layout
+    temperature: float = 1.0  # distill: both models' logits are divided by it
+    top_k: int | None = None  # distill: compare only at the teacher's k most probable tokens; None: the vocabulary
+    distill_weight: float = 1.0  # distill: weight of the divergence; the labels' cross entropy has the rest
 
 
 @dataclass(frozen=True, kw_only=True)

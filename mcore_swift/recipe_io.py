@@ -121,7 +121,7 @@ def check_files(recipe: Recipe) -> None:
     named = [("model.path", recipe.model.path), ("model.tokenizer", recipe.model.tokenizer)]
     named += [("adapter.path", recipe.adapter.path), ("data.chat_template", recipe.data.chat_template)]
     named += [(f"adapter.several.{name}.path", one.path) for name, one in recipe.adapter.several.items()]
-    named += [("objective.reference_path", recipe.objective.reference_path)]
+    named += [(f"objective.{key}", getattr(recipe.objective, key)) for key in ("reference_path", "teacher")]
     if recipe.data.format != "synthetic":
         named += [("data.train", source.path) for source in recipe.data.train]
     named += [("data.validation", source.path) for source in recipe.data.validation]
@@ -212,12 +212,15 @@ def with_paths(recipe: Recipe, *, read: Callable[[str], str], written: Callable[
         return [replace(source, path=read(source.path)) for source in listed]
 
     model, adapter, data, checkpoint = recipe.model, recipe.adapter, recipe.data, recipe.checkpoint
+    objective = recipe.objective
     several = {name: replace(one, path=optional(one.path)) for name, one in adapter.several.items()}
     return replace(
         recipe,
         model=replace(model, path=read(model.path), tokenizer=optional(model.tokenizer)),
         adapter=replace(adapter, path=optional(adapter.path), several=several),
-        objective=replace(recipe.objective, reference_path=optional(recipe.objective.reference_path)),
+        objective=replace(
+            objective, reference_path=optional(objective.reference_path), teacher=optional(objective.teacher)
+        ),
         data=replace(
             data,
             train=data.train if data.format == "synthetic" else sources(data.train),

@@ -12,8 +12,10 @@ from math import ceil, prod
 
 from mcore_swift.models.build import ModelSource, padded_vocab_size
 from mcore_swift.models.keys import global_shapes, rule_config, weight_rules
+from mcore_swift.models.stages import pipeline_layout
 from mcore_swift.parallel import ParallelPlan
 from mcore_swift.recipe import Recipe
+from mcore_swift.training import frozen
 
 EXPERTS = ".experts.experts."
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")  # padded for tensor parallelism
@@ -105,10 +107,11 @@ class RankBytes:
     weights: int
     gradients: int
     optimizer: int
+    frozen: int = 0  # weights of a model beside the trained one
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.frozen
 
 
 def rank_bytes(parameters: Parameters, plan: ParallelPlan, recipe: Recipe) -> RankBytes:
@@ -136,6 +139,18 @@ def rank_bytes(parameters: Parameters, plan: ParallelPlan, recipe: Recipe) -> Ra
         gradients=shared(4, weight_ranks),
         optimizer=shared(states * (1 - optimizer.offload_fraction), state_ranks),
     )
+
+
+def frozen_bytes(recipe: Recipe, source: ModelSource, plan: ParallelPlan) -> list[int]:
+    """What a rank of each pipeline stage holds of the teacher, or of the reference, if that is a model of its own.
+
+    `source` and `plan` are the trained model's. Raises InputError when the other one doesn't fit them.
+    """
+    if not frozen.stays(recipe):
+        return [0] * plan.pp
+    own = frozen.frozen_model(recipe, source, plan)
+    held = stage_parameters(own.source, own.plan, pipeline_layout(own.source, own.plan))
+    return [each.total * (2 if uses_bf16(recipe) else 4) for each in held]
 
 
 def uses_bf16(recipe: Recipe) -> bool:

@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ from mcore_swift.peft.quantized_rules import QUANTIZED_RULES, check_quantization
 from mcore_swift.pipeline import bubble_fraction, imbalance, written
 from mcore_swift.recipe import Recipe
 from mcore_swift.recipe_checks import RECIPE_RULES, check_recipe
+from mcore_swift.recipe_checks.distill import LESSON
 from mcore_swift.recipe_checks.job import BATCHES, JOB, Batches
 from mcore_swift.recipe_checks.lisa import LISA_LAYERS
 from mcore_swift.recipe_checks.nodes import NODES
 from mcore_swift.recipe_checks.table import explained, refuse
 from perf.adapters import adapted_bytes
-from perf.parameters import Parameters, RankBytes, model_parameters, rank_bytes, stage_parameters
+from perf.parameters import Parameters, RankBytes, frozen_bytes, model_parameters, rank_bytes, stage_parameters
 
 GIB = 2**30
 
@@ -110,6 +111,8 @@ def outlined(recipe: Recipe, *, gpus: int | None) -> Outline:
         sizes = adapted_bytes(held, recipe, source, plan, chunks)
     else:
         sizes = [rank_bytes(each, plan, recipe) for each in held]
+    others = frozen_bytes(recipe, source, plan)
+    sizes = [replace(size, frozen=other) for size, other in zip(sizes, others, strict=True)]
     parameters, active = model_parameters(source)
     return Outline(
         source=source,
@@ -187,11 +190,12 @@ def _print(outline: Outline, built: dict[str, Any] | None) -> None:
     console = Console(highlight=False)
     for name, text in _facts(outline).items():
         console.print(f"{name:9} {text}", markup=False, soft_wrap=True)
-    table = Table("stage", "layers", "M params", "of experts", "weights", "grads", "optimizer", "GiB")
+    frozen = ["frozen"] if any(stage.bytes.frozen for stage in outline.stages) else []  # a teacher or a reference
+    table = Table("stage", "layers", "M params", "of experts", "weights", "grads", "optimizer", *frozen, "GiB")
     for column in table.columns[2:]:
         column.justify = "right"
     for number, stage in _alike(outline.stages):
-        sizes = (stage.bytes.weights, stage.bytes.gradients, stage.bytes.optimizer, stage.bytes.total)
+        sizes = [getattr(stage.bytes, name) for name in ("weights", "gradients", "optimizer", *frozen, "total")]
         counts = (stage.parameters.total, stage.parameters.experts)
         layers = written(stage.chunks).replace("|", " ")
         table.add_row(
@@ -239,7 +243,7 @@ def _built_lines(outline: Outline, built: dict[str, Any] | None) -> list[str]:
 
 
 def _print_rules(as_json: bool) -> None:
-    of_recipe = [*RECIPE_RULES, *JOB, *BATCHES, *LISA_LAYERS]
+    of_recipe = [*RECIPE_RULES, *JOB, *BATCHES, *LISA_LAYERS, *LESSON]
     rules = explained([*of_recipe, *MODEL_RULES, *EXPERT_RULES, *LEVER_RULES, *QUANTIZED_RULES])
     rules += explained(NODES)
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +54,8 @@ class MicroBatch:
     `adapter`: int64 [b, s], the number of the adapter that each position passes; None: all pass the active one.
     `sequences`: for objectives that compare answers; None for those that only count labels.
     `chosen`: bool [b, s], positions that an adapter asked for; None: none has. Set on the part that a rank computes.
+    `compare`: what takes the place of the labels' log-probabilities on the last pipeline stage, an output processor of
+    Megatron's GPTModel; None: nothing does. Set on that part, too.
 
     A context parallel rank's part (`context_split.part_of`) has s / cp positions, and the `cu_seqlens` of the whole.
     """
@@ -67,6 +70,7 @@ class MicroBatch:
     sequences: Sequences | None = None
     chosen: torch.Tensor | None = None
     adapter: torch.Tensor | None = None
+    compare: Callable[..., torch.Tensor] | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         def move(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -83,4 +87,5 @@ class MicroBatch:
             sequences=None if self.sequences is None else self.sequences.to(device),
             chosen=move(self.chosen),
             adapter=move(self.adapter),
+            compare=self.compare,
         )

@@ -60,18 +60,33 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class Distances:
+    """Of the student's next-token distributions from the teacher's, where labels count (elsewhere 0): float32 [b, s].
+
+    divergence: the one that is minimized, the only one with a gradient; kl: KL(teacher ‖ student) of the whole
+    distributions; agreement: 1 where both have the same most probable token.
+    """
+
+    divergence: Tensor
+    kl: Tensor
+    agreement: Tensor
+
+
+@dataclass(frozen=True)
 class Scores:
     """What an objective reads of a micro-batch.
 
     logps: float32 [b, s], the log-probability of each label; a context parallel rank's part of them.
     answers: None where the batch doesn't say which answers it holds.
     totals: float scalars, what the global batch holds (`sizes`, summed), and `kl`, for objectives that ask for it.
+    distances: None where there is no teacher.
     """
 
     logps: Tensor
     batch: MicroBatch
     answers: Answers | None = None
     totals: Mapping[str, Tensor] = field(default_factory=dict)
+    distances: Distances | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mcore_swift.objectives.cpo import cpo, simpo
+from mcore_swift.objectives.distill import distill
 from mcore_swift.objectives.dpo import dpo, shorten
 from mcore_swift.objectives.kto import kto
 from mcore_swift.objectives.objective import Objective
@@ -25,6 +26,7 @@ OBJECTIVES: dict[str, Objective] = {
     "orpo": Objective(orpo, "pairs"),
     "kto": Objective(kto, "answers", reference=True, divergence=True),
     "rm": Objective(rm, "pairs", scored=True),
+    "distill": Objective(distill, "labels"),
 }
 
 

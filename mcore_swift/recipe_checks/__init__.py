@@ -13,6 +13,7 @@ from mcore_swift.recipe import Recipe
 from mcore_swift.recipe_checks.adapter import ADAPTER
 from mcore_swift.recipe_checks.bounds import BOUNDS
 from mcore_swift.recipe_checks.data import DATA
+from mcore_swift.recipe_checks.distill import DISTILL
 from mcore_swift.recipe_checks.freezing import FREEZING
 from mcore_swift.recipe_checks.galore import GALORE
 from mcore_swift.recipe_checks.layout import LAYOUT
@@ -43,6 +44,7 @@ RECIPE_RULES: list[Row[Recipe]] = [
     *ADAPTER,
     *METHODS,
     *OBJECTIVE,
+    *DISTILL,
     *OUTPUTS,
 ]
 

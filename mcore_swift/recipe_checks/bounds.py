@@ -27,7 +27,8 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], str]] = [
         "objective.gamma objective.sft_weight objective.centering "
         "objective.desirable_weight objective.undesirable_weight",
     ),
-    ("at least 2", lambda x: x >= 2, "data.sequence_length"),
+    ("at least 2", lambda x: x >= 2, "data.sequence_length objective.top_k"),
+    ("greater than 0, at most 1", lambda x: 0 < x <= 1, "objective.distill_weight"),
     ("between 0 and 1", lambda x: 0 <= x <= 1, "optimizer.offload_fraction objective.ld_alpha"),
     ("at least 0 and less than 0.5", lambda x: 0 <= x < 0.5, "objective.label_smoothing"),
     ("loss weights greater than 0", lambda x: all(weight > 0 for weight in x.values()), "objective.losses"),
@@ -36,7 +37,8 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda x: x > 0,
         "optimizer.galore_scale "
         "adapter.alpha adapter.learning_rate_ratio moe.capacity_factor optimizer.muon_extra_scale optimizer.eps "
-        "schedule.epochs schedule.learning_rate objective.beta objective.f_alpha objective.discopop_tau",
+        "schedule.epochs schedule.learning_rate objective.beta objective.f_alpha objective.discopop_tau "
+        "objective.temperature",
     ),
     (
         "at least 0 and less than 1",
@@ -49,6 +51,6 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], str]] = [
         "a path, not an empty text",
         bool,
         "model.path model.tokenizer data.chat_template data.cache_dir checkpoint.dir adapter.path "
-        "objective.reference_path",
+        "objective.reference_path objective.teacher",
     ),
 ]

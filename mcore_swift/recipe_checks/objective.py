@@ -20,6 +20,7 @@ READS: dict[str, tuple[str, ...]] = {
     "simpo": ("beta", "gamma", "label_smoothing", "sft_weight", "alphapo"),
     "orpo": ("beta",),
     "rm": ("centering",),
+    "distill": ("loss", "beta", "teacher", "temperature", "top_k", "distill_weight"),
 }
 # Whose model has a score in place of the output layer.
 SCORED = ("rm",)
@@ -31,6 +32,7 @@ LOSSES: dict[str, tuple[str, ...]] = {
     ),
     "kto": ("kto", "apo_zero_unpaired"),
     "cpo": ("sigmoid", "hinge", "ipo"),
+    "distill": ("forward_kl", "reverse_kl", "js"),
 }
 # Losses that read a further key, where not all do.
 SMOOTHED = ("sigmoid", "robust", "exo_pair")
@@ -41,6 +43,7 @@ DEFAULTS: dict[str, dict[str, float]] = {
     "cpo": {"beta": 0.1, "sft_weight": 1.0},
     "simpo": {"beta": 2.0, "gamma": 1.0, "sft_weight": 0.0},
     "orpo": {"beta": 0.1},
+    "distill": {"beta": 0.5},
 }
 
 

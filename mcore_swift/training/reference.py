@@ -18,10 +18,10 @@ import torch.distributed as dist
 
 from mcore_swift import parallel
 from mcore_swift.data.batch import MicroBatch
-from mcore_swift.errors import InputError
-from mcore_swift.recipe import ModelSection, MoeSection, Recipe, RuntimeSection
-from mcore_swift.recipe_checks.objective import reference_of
-from mcore_swift.training import setup, step
+from mcore_swift.recipe import Recipe
+from mcore_swift.recipe_checks.objective import filled, reference_of
+from mcore_swift.training import setup, step, teacher
+from mcore_swift.training.frozen import frozen_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,10 +33,13 @@ Reference = Callable[[list[MicroBatch]], list[MicroBatch]]
 
 
 def build(recipe: Recipe, source: ModelSource, models: Sequence[Any], platform: Platform) -> Reference | None:
-    """The reference that the recipe asks for; None where there is none, or where the data brings its log-probabilities.
+    """The reference that the recipe asks for, or its teacher; None where there is neither, or where the data brings the
+    reference's log-probabilities.
 
     `source` and `models` are the policy's. Collective over the job.
     """
+    if recipe.objective.teacher is not None:
+        return teacher.teaching(build_frozen(recipe, source, platform), filled(recipe.objective))
     name = reference_of(recipe)
     if name == "adapter_off":
         return adapter_off(models)
@@ -96,37 +99,20 @@ def as_held(recipe: Recipe) -> list[object]:
 
 
 def build_frozen(recipe: Recipe, source: ModelSource, platform: Platform) -> list[Any]:
-    """This rank's chunks of the reference model, at the policy's layout, without gradients or optimizer.
+    """This rank's chunks of the reference or teacher, without gradients or optimizer. `source`: the trained model's.
 
-    Raises InputError when its folder doesn't fit the layout, or has another vocabulary than the policy.
+    Raises InputError when its folder doesn't fit the layout, or has another vocabulary.
     """
-    from mcore_swift.models.build import build_chunks, check_layout, tensor_rules
-    from mcore_swift.training.run import model_source
+    from mcore_swift.models.build import build_chunks, tensor_rules
 
-    path = recipe.objective.reference_path or recipe.model.path
-    # Memory is saved for a backward pass, and experts' exchange is hidden behind one: there is none here.
-    plain = replace(
-        recipe, model=ModelSection(path=path), runtime=RuntimeSection(device=recipe.runtime.device), moe=_exact(recipe)
-    )
-    own = model_source(plain)
-    if own.vocab_size != source.vocab_size:
-        raise InputError(
-            f"objective.reference_path: {path} has {own.vocab_size} tokens, {source.folder} has {source.vocab_size};"
-            " the reference needs the policy's vocabulary"
-        )
     plan = parallel.resolve(recipe.parallel, world_size=dist.get_world_size())
-    check_layout(own, plan)
-    config = setup.model_config(plain, own, plan, platform, overlap=False)
-    chunks = build_chunks(own, config, plan, platform)
-    setup.load_weights(plain, own, chunks, tensor_rules(own, config))
+    own = frozen_model(recipe, source, plan)
+    config = setup.model_config(own.recipe, own.source, own.plan, platform, overlap=False)
+    chunks = build_chunks(own.source, config, own.plan, platform)
+    setup.load_weights(own.recipe, own.source, chunks, tensor_rules(own.source, config))
     for chunk in chunks:
         chunk.requires_grad_(False)
     return chunks
-
-
-def _exact(recipe: Recipe) -> MoeSection:
-    """How experts are computed, without what only belongs to training them."""
-    return replace(recipe.moe, aux_loss="none", aux_loss_coeff=0.0, z_loss_coeff=0.0, expert_bias_update_rate=0.0)
 
 
 def frozen(chunks: Sequence[Any]) -> Reference:

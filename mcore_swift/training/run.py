@@ -24,6 +24,7 @@ from mcore_swift.recipe_checks.job import BATCHES, Batches
 from mcore_swift.recipe_checks.lisa import LISA_LAYERS, Layers
 from mcore_swift.recipe_checks.objective import SCORED
 from mcore_swift.recipe_checks.table import refuse
+from mcore_swift.training import frozen
 from mcore_swift.training.levers import environment
 
 
@@ -38,6 +39,8 @@ def run(recipe: Recipe) -> int:
     check_quantization(recipe, source, on_cpu=platform.name == "cpu")
     check_micro_batches(recipe, plan)
     refuse(LISA_LAYERS, Layers(recipe, source.config.num_hidden_layers))
+    if frozen.stays(recipe):
+        frozen.frozen_model(recipe, source, plan)
     if recipe.model.partly_frozen:
         frozen_tensors(weight_rules(source), recipe.model)
 

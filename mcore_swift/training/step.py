@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from mcore_swift import parallel
 from mcore_swift.data.batch import MicroBatch
-from mcore_swift.objectives.objective import Answers, Objective, Scores
+from mcore_swift.objectives.objective import Answers, Distances, Objective, Scores
 from mcore_swift.training import balance, context
 from mcore_swift.training.sums import StepResult, global_sizes, summarize
 
@@ -60,8 +60,8 @@ def forward_step(
 ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]]:
     """Megatron's forward step function: the model's output, and the function that turns it into a loss.
 
-    The batches are this rank's parts. `score` gets the labels' log-probabilities (of a model with a score: the
-    positions' scores), float32 [b, s], and the batch.
+    The batches are this rank's parts. `score` gets the last stage's output, which is −log p of the labels, [b, s] (of a
+    model with a score: its positions' scores, negative), or what the batch's `compare` makes of it, and the batch.
     """
     from mcore_swift.peft import adapters
 
@@ -79,21 +79,23 @@ def forward_step(
         loss_mask=batch.loss_mask,
         packed_seq_params=packed_params(batch),
         padding_mask=None if batch.real is None else ~batch.real,
+        **({} if batch.compare is None else {"output_processor": batch.compare}),
     )
     adapters.follow_route(model, output, batch.adapter)
-    return output, lambda negative_logps: score(-negative_logps.float(), batch)
+    return output, lambda output: score(output, batch)
 
 
 def score_loss(
-    objective: Objective, totals: Mapping[str, Tensor], logps: Tensor, batch: MicroBatch
+    objective: Objective, totals: Mapping[str, Tensor], output: Tensor, batch: MicroBatch
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """A micro-batch's loss, count, and the sums that `summarize` adds up.
+    """A micro-batch's loss, count, and the sums that `summarize` adds up. `output`: as `forward_step`'s score gets it.
 
     The loss of labels is a sum over this rank's part, so context parallel ranks add up like data parallel ones. Whole
     answers are on every rank of the group: each has the gradient of its own part, and the first one counts.
     """
-    answers = answers_of(logps, batch)
-    result = objective(Scores(logps, batch, answers, totals))
+    nll, *distances = output.float().unbind() if batch.compare is not None else [output.float()]
+    answers = answers_of(-nll, batch)
+    result = objective(Scores(-nll, batch, answers, totals, Distances(*distances) if distances else None))
     counts = float(objective.unit == "labels" or parallel.ranks().cp == 0)
     sums = {"loss": result.total.detach() * counts, "count": result.count * counts}
     for name, mean in result.metrics.items():
@@ -176,7 +178,8 @@ def answer_logps(models: Sequence[Any], batches: list[MicroBatch]) -> list[Tenso
     """The answers' log-probabilities under the models as they are now: float32 [n] of each micro-batch; [] before the
     last pipeline stage. The batches are this rank's parts. Collective."""
 
-    def score(logps: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def score(output: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        logps = -output.float()
         answers = answers_of(logps, batch)
         assert answers is not None
         return logps.sum(), torch.ones((), dtype=torch.int32, device=logps.device), {"logps": answers.logps}

@@ -34,7 +34,8 @@ KEYS = {
     "parallel": "tp pp vpp cp cp_comm_type hierarchical_cp ep etp dp sequence_parallel pipeline_layout "
     "first_stage_layers last_stage_layers account_embedding account_loss",
     "objective": "name loss losses beta gamma label_smoothing sft_weight f_divergence f_alpha ld_alpha discopop_tau "
-    "alphapo desirable_weight undesirable_weight dft centering reference reference_path",
+    "alphapo desirable_weight undesirable_weight dft centering reference reference_path teacher temperature top_k "
+    "distill_weight",
     "adapter": "name path targets rank alpha dropout rslora dora share_a modules_to_save init quantization "
     "double_quantization several learning_rate_ratio activation layers first_tokens last_tokens merge",
     "optimizer": "name weight_decay beta1 beta2 eps clip_grad distributed fsdp main_params exp_avg_dtype "

@@ -336,12 +336,20 @@ def _transformers_gradients(folder: Path) -> tuple[float, dict[str, torch.Tensor
         logps = model(inputs[None]).logits[0, :-1].log_softmax(-1)
         total = total - (logps.gather(1, inputs[1:, None])[:, 0] * torch.from_numpy(loss[1:])).sum()
     (total / count).backward()
+    return float(total / count), saved_gradients(model)
+
+
+def saved_gradients(model: Any) -> dict[str, torch.Tensor]:
+    """The gradients of a transformers model under the names of its folder's tensors."""
+    values = [parameter.data for parameter in model.parameters()]
     for parameter in model.parameters():
         parameter.data = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
     with tempfile.TemporaryDirectory() as place:  # saving splits what transformers fuses: experts, one tensor each
         model.save_pretrained(place)
         (file,) = Path(place).glob("*.safetensors")
         gradients = load_file(file)
+    for parameter, data in zip(model.parameters(), values, strict=True):
+        parameter.data = data
     for name, _ in model.named_buffers():  # saved like parameters, but not trained
         gradients.pop(name, None)
-    return float(total / count), gradients
+    return gradients

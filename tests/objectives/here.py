@@ -13,6 +13,7 @@ import torch
 from mcore_swift import parallel
 from mcore_swift.data.batch import MicroBatch
 from mcore_swift.recipe import AdapterSection, MoeSection, ObjectiveSection, ParallelSection, Recipe
+from tests.distributed import rank_model
 from tests.distributed.harness import prepared, run_ranks
 from tests.distributed.rank_model import CPU, gather_gradient_shards, hf_copies, merge, open_model, recipe_for
 from tests.objectives import rows
@@ -68,7 +69,7 @@ def _rank(recipe: Recipe, cases: dict[str, ObjectiveSection], margins: bool) -> 
     found = {}
     for name, section in cases.items():
         wanted = replace(recipe, objective=section)
-        key = (reference_of(wanted), section.reference_path)
+        key = (reference_of(wanted), section.reference_path, section.teacher and name)  # a teacher knows the options
         if key not in references:
             references[key] = reference.build(wanted, model.source, model.models, prepared())
         batches = micro_batches(wanted, model.source.vocab_size, margins=margins)
@@ -92,6 +93,8 @@ def micro_batches(recipe: Recipe, vocab_size: int, *, margins: bool = False) -> 
     place = parallel.ranks()
     if recipe.objective.name == "rm":
         return rows.scored(recipe, vocab_size, place, margins=margins)
+    if recipe.objective.name == "distill":
+        return rank_model.micro_batches(recipe, vocab_size, place)
     if recipe.objective.name == "kto":
         return rows.judged(recipe, vocab_size, place)
     return rows.pairs(recipe, vocab_size, place, short=recipe.objective.name == "orpo")

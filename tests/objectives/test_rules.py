@@ -10,7 +10,8 @@ import torch
 
 from mcore_swift.data.batch import MicroBatch, Sequences
 from mcore_swift.errors import InputError
-from mcore_swift.objectives.objective import Answers, Scores, sizes
+from mcore_swift.objectives.divergence import Comparison, Head, Shard
+from mcore_swift.objectives.objective import Answers, Distances, Scores, sizes
 from mcore_swift.objectives.registry import OBJECTIVES, build_objective
 from mcore_swift.recipe import (
     AdapterSection,
@@ -155,8 +156,17 @@ def loss_of(section: ObjectiveSection, weight: torch.Tensor | None = None) -> fl
         lengths=torch.stack([part.sum() for part in parts]).float(),
         of=batch.sequences,
     )
-    found = objective(Scores(logps, batch, answers, totals))
+    distances = distances_of(objective.options) if section.name == "distill" else None
+    found = objective(Scores(logps, batch, answers, totals, distances))
     return float(found.total / found.count)
+
+
+def distances_of(options: ObjectiveSection) -> Distances:
+    """Of made-up logits at each of the batch's 17 positions, of 12 tokens."""
+    s, t = torch.linspace(0, 40, 17 * 12).sin().view(17, 12), torch.linspace(0, 70, 17 * 12).cos().view(17, 12)
+    labels = torch.zeros(17, dtype=torch.int64)
+    values = Comparison(labels, 3 * t, Head(torch.eye(12)), Shard(), options, at_once=17).values(2 * s, slice(None))
+    return Distances(*values[1:, None])
 
 
 # What each key is set to, beside its default; `with` is what it needs to be read.
@@ -175,7 +185,11 @@ OTHER: dict[str, list[dict[str, Any]]] = {
     "undesirable_weight": [{"undesirable_weight": 1.5}],
     "dft": [{"dft": True}],
     "centering": [{"centering": 0.3}],
+    "temperature": [{"temperature": 2.0}],
+    "top_k": [{"top_k": 3}],
+    "distill_weight": [{"distill_weight": 0.6}],
 }
+NEEDED: dict[str, dict[str, Any]] = {"distill": {"teacher": "folder"}}
 
 
 @pytest.mark.parametrize("name", READS)
@@ -185,9 +199,11 @@ def test_every_option_changes_the_loss(name: str) -> None:
         if key == "loss":
             smooth = {"exo_pair": {"label_smoothing": 0.1}, "robust": {"label_smoothing": 0.15}}
             cases += [{"loss": loss, **smooth.get(loss, {})} for loss in LOSSES[name][1:]]
-        elif key not in COMPARES:
+        elif key == "beta" and name == "distill":
+            cases += [{"loss": "js", "beta": 0.7}]
+        elif key not in (*COMPARES, "teacher"):
             cases += OTHER[key]
-    sections = [ObjectiveSection(name=name, **case) for case in cases]  # type: ignore[arg-type]
+    sections = [ObjectiveSection(name=name, **NEEDED.get(name, {}), **case) for case in cases]  # type: ignore[arg-type]
     for section in sections:
         check_recipe(recipe(section))
     losses = [loss_of(section) for section in sections]

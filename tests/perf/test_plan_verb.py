@@ -75,6 +75,21 @@ def test_qwen_235b_on_1024_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["stages"][1]["parameters"]["experts"] == 12 * 4 * 3 * 4096 * 1536  # 128 experts over 32 ranks
 
 
+def test_a_frozen_model_beside_the_trained_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """Distillation's teacher, and a policy's reference, in bf16: two bytes a parameter, no gradients, no states."""
+    (teacher,) = plan(capsys, str(QWEN_72B), "--gpus=4", "--parallel.tp=4", "--parallel.pp=1")["stages"]
+    (student,) = plan(capsys, str(RECIPES / "qwen2.5_7b_distill.yaml"), "--gpus=8")["stages"]
+    assert student["parameters"]["dense"] * 4 == pytest.approx(7_615_616_512, rel=1e-3)
+    sizes = student["bytes"]
+    assert sizes["frozen"] == 2 * teacher["parameters"]["dense"] > 36e9
+    assert sizes["total"] == sum(sizes[name] for name in ("weights", "gradients", "optimizer", "frozen"))
+    words = ("--gpus=32", "--checkpoint.dir=run", f"--model.path={RECIPES / 'models' / 'qwen2.5-72b'}")
+    for stage in plan(capsys, str(RECIPES / "qwen2.5_72b_dpo.yaml"), *words)["stages"]:
+        assert stage["bytes"]["frozen"] == stage["bytes"]["weights"]
+    (lora,) = plan(capsys, str(RECIPES / "qwen2.5_7b_dpo.yaml"), "--gpus=8")["stages"]
+    assert lora["bytes"]["frozen"] == 0  # the reference is the model without its adapter
+
+
 def test_deepseek_v3_on_2048_gpus(capsys: pytest.CaptureFixture[str]) -> None:
     found = plan(capsys, str(DEEPSEEK), "--gpus", "2048")
     attention = 7168 * (1536 + 576 + 128 * 128) + 1536 * 128 * 192 + 512 * 128 * 256 + 1536 + 512

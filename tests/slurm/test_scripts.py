@@ -261,13 +261,13 @@ def test_no_path_of_a_recipe_depends_on_where_the_job_runs(tmp_path: Path) -> No
         "model: {path: rel/model, tokenizer: rel/tokenizer}\n"
         "data: {train: [rel/a], validation: [{path: rel/b}], chat_template: rel/c, cache_dir: rel/d}\n"
         "adapter: {path: rel/e, several: {x: {path: rel/f}}}\n"
-        "objective: {reference_path: rel/g}\n"
+        "objective: {reference_path: rel/g, teacher: rel/i}\n"
         "checkpoint: {dir: rel/h}\n"
     )
     recipe = load_recipe(tmp_path / "recipe.yaml")
-    assert dump_recipe(recipe).count(": rel/") == 10
+    assert dump_recipe(recipe).count(": rel/") == 11
     text = dump_recipe(absolute(recipe, tmp_path / "run"))
-    assert text.count(f": {Path.cwd()}/rel/") == 9 and f"dir: {tmp_path}/run" in text and ": rel/" not in text
+    assert text.count(f": {Path.cwd()}/rel/") == 10 and f"dir: {tmp_path}/run" in text and ": rel/" not in text
 
 
 @pytest.mark.parametrize(
