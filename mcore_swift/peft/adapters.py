@@ -59,6 +59,7 @@ class Adapters(nn.Module):
         self.active = DEFAULT
         self.saved_rules: Mapping[str, TensorRule] = {}
         self.saved: list[saved.SavedTensor] = []
+        self.frozen: list[frozen.FrozenLinear] = []
         self._of_module: dict[int, list[LoraBranch]] = {}
         self._positions: dict[str, torch.Tensor] = {}  # by adapter: bool [s, b, 1], where a forward pass is routed
 
@@ -72,7 +73,9 @@ class Adapters(nn.Module):
             beside.append(branch)
             if len(beside) == 1:
                 if frozen.fits(branch):
-                    branch.site.module.forward = frozen.FrozenLinear(branch, single=partial(self._single, beside))
+                    layer = frozen.FrozenLinear(branch, single=partial(self._single, beside))
+                    branch.site.module.forward = layer
+                    self.frozen.append(layer)
                 branch.site.module.register_forward_hook(partial(self._hook, beside))
 
     def _single(self, branches: Sequence[LoraBranch]) -> bool:
@@ -258,6 +261,44 @@ def disabled(models: Sequence[nn.Module]) -> Iterator[None]:
             branch.enable(True)
         for (parameter, _), data in zip(starts, trained, strict=True):
             parameter.data = data
+
+
+class CollectAndFinalize:
+    """Megatron's finalize_model_grads, for models with adapters: their layers' own sums of gradients come first."""
+
+    def __init__(self, finalize: Callable[..., None]) -> None:
+        self.finalize = finalize
+
+    def __call__(self, models: Sequence[Any], *args: Any, **kwargs: Any) -> None:
+        for layer in _frozen_layers(models):
+            layer.collect()
+        self.finalize(models, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def steady(models: Sequence[Any]) -> Iterator[None]:
+    """The adapters' parameters don't change as long as the context lasts: one run of a pipeline's schedule.
+
+    Nothing, where the models' config doesn't end such a run with `CollectAndFinalize`.
+    """
+    config = getattr(models[0], "config", None)
+    ends = isinstance(getattr(config, "finalize_model_grads_func", None), CollectAndFinalize)
+    layers = list(_frozen_layers(models)) if ends else []
+    for layer in layers:
+        layer.set_steady(True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_steady(False)
+
+
+def _frozen_layers(models: Sequence[Any]) -> Iterator[frozen.FrozenLinear]:
+    for model in models:
+        while hasattr(model, "module"):
+            model = model.module
+        if isinstance(found := getattr(model, "adapters", None), Adapters):
+            yield from found.frozen
 
 
 def _check_site(rank: int, site: Site) -> None:

@@ -3,7 +3,11 @@
 out = y Wᵀ + scaling · (y Aᵀ) Bᵀ. y is the layer's input; its RMSNorm, where Transformer Engine has that in the layer;
 or SwiGLU of what the layer before it gives, at the end of a gated MLP. Only the input is kept: y is computed again.
 The weights and the norm's scale get no gradient, so none is computed. In the backward pass the branch's part is added
-to the layer's input gradient in place, and the gradients of A and B straight to Megatron's main gradients.
+to the layer's input gradient in place.
+
+Between two steps of the optimizer A and B stay what they are. A trainer says when (`steady`): then those of one layer
+are put together once, and their gradients are summed in float32 by the products that compute them, until `collect`
+adds them to Megatron's main gradients. Otherwise every call looks at A and B anew, and autograd gets the gradients.
 
 In BF16, where y is written anyway, B stands beside W in one matrix, [W B], and scaling · y Aᵀ beside y: then the
 forward pass of the branch is a few more columns of the layer's own product.
@@ -88,12 +92,16 @@ class FrozenLinear:
         self.branch, self.site, self.single = branch, branch.site, single
         self.own = branch.site.module.forward
         self.took = self.gated = False
+        self.added: Tensor | None = None  # the layer's bias, if it adds it
+        self.handed: Tensor | None = None  # … and if it hands it on
         self.norm = Norm(branch.site.module.layer_norm_weight, branch.site.module.eps) if _has_norm(branch) else None  # type: ignore[arg-type]
         self.wide: Tensor | None = None  # [W B]
         self.a: Tensor | None = None  # [parts · rank, columns]; None before the first call
         self.b: Tensor  # [rows, parts · rank]
         self._places: list[Tensor] = []  # where each B belongs in it
-        self._empty: dict[int, Tensor] = {}
+        self.steady = False  # from one call to the next
+        self._fresh = False  # a and b are up to date, as long as it is steady
+        self._sums: tuple[Tensor, Tensor] | None = None  # of a's and b's gradients
 
     def alone(self) -> bool:
         """Whether the next call does all."""
@@ -105,17 +113,51 @@ class FrozenLinear:
         return Swiglu() if self.gated else self.norm
 
     def __call__(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self._fresh and self.branch.acts:
+            return _FrozenLinear.apply(inputs, self, True), self.handed
         self.took = self.alone()
         if not self.took:
             self._part()
             return self.own(inputs, *args, **kwargs)
-        if self.branch.acts:
-            self._gather()
-        every = [*self.branch.lora_A.values(), *self.branch.lora_B.values()] if self.branch.acts else []
-        out = _FrozenLinear.apply(inputs, self, *every)
-        return out, bias_of(self.site.module)[1]
+        self.added, self.handed = bias_of(self.site.module)
+        if not self.branch.acts:
+            return _FrozenLinear.apply(inputs, self, False), self.handed
+        self._gather()
+        # What autograd is given no parameter of has to be reached through its inputs.
+        self._fresh = self.steady and inputs.requires_grad
+        every = [] if self._fresh else self.parameters()
+        return _FrozenLinear.apply(inputs, self, True, *every), self.handed
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [*self.branch.lora_A.values(), *self.branch.lora_B.values()]
 
     # --- the branch's matrices, in one piece --------------------------------------------------------------------------
+
+    def set_steady(self, steady: bool) -> None:
+        self.steady = steady and all(hasattr(parameter, "main_grad") for parameter in self.parameters())
+        self._fresh = False
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        """Adds what `accumulate` has summed to the parameters' main gradients."""
+        if self._sums is None:
+            return
+        for parameter, share in zip(self.parameters(), self.branch.shares(*self._sums), strict=True):
+            main: Tensor = parameter.main_grad  # type: ignore[attr-defined]
+            main.view(share.shape).add_(share)
+        self._sums = None
+
+    def accumulate(self, low_grad: Tensor, prepared: Tensor, grad: Tensor, low: Tensor) -> None:
+        """Adds low_gradᵀ prepared to the sum of A's gradients, and gradᵀ low to that of B's."""
+        assert self.a is not None
+        if self._sums is None:
+            kind: torch.dtype = self.parameters()[0].main_grad.dtype  # type: ignore[attr-defined]
+            self._sums = (torch.zeros_like(self.a, dtype=kind), self.b.new_zeros(self.b.shape, dtype=kind))
+        for total, left, right in zip(self._sums, (low_grad, grad), (prepared, low), strict=True):
+            if total.dtype == left.dtype:
+                total.addmm_(left.t(), right)
+            else:
+                total.add_(torch.mm(left.t(), right, out_dtype=total.dtype))
 
     @torch.no_grad()
     def _gather(self) -> None:
@@ -147,17 +189,6 @@ class FrozenLinear:
             self.site.weight.data = self.site.weight.data.contiguous()
         self.a = self.wide = None
 
-    def given(self, parameter: nn.Parameter, grad: Tensor) -> Tensor:
-        """Adds a gradient to the parameter's main gradient, if it has one; what autograd then gets is empty."""
-        main: Tensor | None = getattr(parameter, "main_grad", None)
-        if main is None or not hasattr(parameter, "grad_added_to_main_grad"):
-            return grad.reshape(parameter.shape)
-        main.view(grad.shape).add_(grad)
-        parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        if id(parameter) not in self._empty:
-            self._empty[id(parameter)] = torch.empty_like(parameter)
-        return self._empty[id(parameter)].detach()
-
     # --- the layer's own products -------------------------------------------------------------------------------------
 
     def product(self, inputs: Tensor) -> Tensor:
@@ -172,20 +203,23 @@ class FrozenLinear:
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """inputs [..., in], the branch's A [rank, in] and B [rows, rank] one after the other → [..., rows]."""
+    """inputs [..., in], the branch's A [rank, in] and B [rows, rank] one after the other → [..., rows].
+
+    `acts`: with the branch. Its parameters are there if autograd wants their gradients, rather than the layer.
+    """
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, layer: FrozenLinear, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, layer: FrozenLinear, acts: bool, *parameters: Tensor) -> Tensor:
         flat, kept, low = inputs.flatten(0, -2).contiguous(), None, None
-        width, rank = layer.site.weight.size(1), layer.b.size(1) if parameters else 0
+        width, rank = layer.site.weight.size(1), layer.b.size(1) if acts else 0
         preparation, scaling = layer.preparation, layer.branch.settings.scaling
-        wide = layer.wide if parameters and preparation is not None else None
+        wide = layer.wide if acts and preparation is not None else None
         whole = prepared = flat
         if preparation is not None:
             whole = flat.new_empty(flat.size(0), width + (rank if wide is not None else 0))
             prepared = whole[:, :width]
             kept = preparation.forward(flat, prepared)
-        if parameters:
+        if acts:
             assert layer.a is not None
             low = flat.new_empty(flat.size(0), rank) if wide is None else whole[:, width:]
             low.addmm_(prepared, layer.a.t(), beta=0, alpha=scaling)
@@ -195,17 +229,17 @@ class _FrozenLinear(torch.autograd.Function):
             out = layer.product(prepared)
             if low is not None:
                 out.addmm_(low, layer.b.t())
-        if (bias := bias_of(layer.site.module)[0]) is not None:
-            out.add_(bias)
-        ctx.layer, ctx.preparation = layer, preparation
-        ctx.save_for_backward(flat if parameters or preparation is not None else None, kept, low, *parameters)
+        if layer.added is not None:
+            out.add_(layer.added)
+        ctx.layer, ctx.preparation, ctx.summed = layer, preparation, acts and not parameters
+        ctx.save_for_backward(flat if acts or preparation is not None else None, kept, low)
         return out.view(*inputs.shape[:-1], out.size(-1))  # an expert may have no tokens: −1 could be any size
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layer: FrozenLinear = ctx.layer
         saved: tuple[Any, ...] = ctx.saved_tensors
-        flat, kept, low, *parameters = saved
+        flat, kept, low = saved
         grad = grads[0].flatten(0, -2).contiguous()
         back = layer.input_gradient(grad)
         low_grad = None
@@ -218,9 +252,12 @@ class _FrozenLinear(torch.autograd.Function):
             back, prepared = ctx.preparation.backward(back, flat, kept)
         own: list[Tensor] = []
         if low is not None and low_grad is not None:
-            own = layer.branch.shares(low_grad.t() @ prepared, grad.t() @ low)
-            own = [layer.given(parameter, share) for parameter, share in zip(parameters, own, strict=True)]
-        return back.view(*grads[0].shape[:-1], back.size(-1)), None, *own
+            if ctx.summed:
+                layer.accumulate(low_grad, prepared, grad, low)
+            else:
+                shares = layer.branch.shares(low_grad.t() @ prepared, grad.t() @ low)
+                own = [share.reshape(p.shape) for share, p in zip(shares, layer.parameters(), strict=True)]
+        return back.view(*grads[0].shape[:-1], back.size(-1)), None, None, *own
 
 
 def fits(branch: LoraBranch) -> bool:

@@ -9,6 +9,7 @@ again beside the gradient, for that costs one write more, and keeping it would c
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ def _swiglu_backward(grad, u, du, h, width, BLOCK: tl.constexpr):
     tl.store(h + row * width + column, (silu * up).to(h.dtype.element_ty), mask=inside)
 
 
+@cache
 def _rows_a_program(n: int) -> dict[str, Any]:
     block = triton.next_power_of_2(n)
     return {"ROWS": max(1, NUMBERS // block), "BLOCK": block, "num_warps": 8}

@@ -80,8 +80,10 @@ def build(recipe: Recipe, source: ModelSource, plan: ParallelPlan, platform: Pla
         frozen = freezing.frozen_tensors(rules, recipe.model)
         freezing.freeze(chunks, frozen, recomputed=recipe.runtime.recompute != "none")
     adapters.prepare(recipe, chunks, rules)
-    # LISA: a bucket whose parameters don't all get a gradient can't be reduced before the end of the backward pass.
-    models = wrap_chunks(chunks, config, recipe, plan, overlap=overlap and recipe.optimizer.lisa_layers is None)
+    # LISA: a bucket whose parameters don't all get a gradient can't be reduced before the end of the backward pass;
+    # nor can LoRA's, small as they are: their layers sum up gradients until then.
+    early = overlap and recipe.optimizer.lisa_layers is None and recipe.adapter.name != "lora"
+    models = wrap_chunks(chunks, config, recipe, plan, overlap=early)
     optimizer = build_optimizer(models, recipe, bf16=config.bf16)
     if recipe.optimizer.name == "galore":
         from mcore_swift.training import galore
@@ -159,7 +161,9 @@ def connect(config: TransformerConfig, models: list[DistributedDataParallel], op
     """Tells Megatron's schedules how to scale the loss, and when gradients and parameters are exchanged."""
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 
-    config.finalize_model_grads_func = finalize_model_grads
+    from mcore_swift.peft.adapters import CollectAndFinalize
+
+    config.finalize_model_grads_func = CollectAndFinalize(finalize_model_grads)
     config.grad_scale_func = optimizer.scale_loss
     if models[0].ddp_config.overlap_grad_reduce:
         no_sync = [model.no_sync for model in models]

@@ -148,17 +148,20 @@ def run_schedule(
     """Runs all micro-batches through Megatron's schedule; the last stage gets what `score` says of each."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    from mcore_swift.peft import adapters
+
     iterators = [iter(batches) for _ in models]
     tokens = batches[0].tokens
-    return get_forward_backward_func()(
-        forward_step_func=partial(forward_step, score),
-        data_iterator=iterators if len(models) > 1 else iterators[0],  # type: ignore[arg-type]
-        model=list(models) if len(models) > 1 else models[0],  # type: ignore[arg-type]
-        num_microbatches=len(batches),
-        seq_length=tokens.size(1) * parallel.ranks().cp_size,  # Megatron divides again
-        micro_batch_size=tokens.size(0),
-        forward_only=forward_only,
-    )
+    with contextlib.nullcontext() if forward_only else adapters.steady(models):
+        return get_forward_backward_func()(
+            forward_step_func=partial(forward_step, score),
+            data_iterator=iterators if len(models) > 1 else iterators[0],  # type: ignore[arg-type]
+            model=list(models) if len(models) > 1 else models[0],  # type: ignore[arg-type]
+            num_microbatches=len(batches),
+            seq_length=tokens.size(1) * parallel.ranks().cp_size,  # Megatron divides again
+            micro_batch_size=tokens.size(0),
+            forward_only=forward_only,
+        )
 
 
 @contextlib.contextmanager

@@ -135,20 +135,32 @@ def test_swiglu_before_the_layer(beside: bool, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(grad, other, rtol=1e-11, atol=1e-11)
 
 
-def test_main_gradients_are_added_to() -> None:
+def test_gradients_are_summed_until_they_are_collected() -> None:
+    """Three micro-batches between two steps of the optimizer, and what a run that isn't steady gives."""
     module = NormedLinear(norm=True, bias="none")
     branch = branch_on(module, SETTINGS, ("q", "k", "v"))
-    inputs = torch.randn(5, 3, COLUMNS)
+    inputs = torch.randn(5, 3, COLUMNS, requires_grad=True)
     fused = FrozenLinear(branch, single=lambda: True)
     expected = torch.autograd.grad(fused(inputs)[0].square().sum(), list(branch.parameters()))
+    fused.set_steady(True)
+    assert not fused.steady  # without main gradients
     for parameter in branch.parameters():  # as Megatron's DDP has them
         parameter.main_grad = torch.ones_like(parameter)  # type: ignore[attr-defined]
-        parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
-    for _ in range(2):
+    fused.set_steady(True)
+    for _ in range(3):
         fused(inputs)[0].square().sum().backward()
+    assert all(parameter.grad is None for parameter in branch.parameters())
+    fused.collect()
+    fused.collect()  # nothing is left
+    fused.set_steady(False)
     for parameter, grad in zip(branch.parameters(), expected, strict=True):
-        assert parameter.grad_added_to_main_grad  # type: ignore[attr-defined]
-        torch.testing.assert_close(parameter.main_grad, 1 + 2 * grad)  # type: ignore[attr-defined]
+        torch.testing.assert_close(parameter.main_grad, 1 + 3 * grad)  # type: ignore[attr-defined]
+    with torch.no_grad():
+        for parameter in branch.parameters():
+            parameter.data += 0.1
+    fused.set_steady(True)
+    module.return_layernorm_output = True
+    torch.testing.assert_close(fused(inputs)[0], by_autograd(branch, module, inputs), rtol=1e-12, atol=1e-12)
 
 
 def test_an_expert_that_gets_no_tokens() -> None:
