@@ -172,10 +172,13 @@ def _plan(*, overrides: Sequence[str] = (), **options: Any) -> int:
 
 
 def _add_launch(parser: argparse.ArgumentParser) -> None:
+    from launch.kubernetes.options import add_kubernetes
     from launch.slurm.options import add_slurm
 
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     add_slurm(verbs.add_parser("slurm", help="submit it to Slurm", allow_abbrev=False), count=_COUNT, natural=_SEED)
+    kubernetes = verbs.add_parser("kubernetes", help="print what Kubernetes needs to run it", allow_abbrev=False)
+    add_kubernetes(kubernetes, count=_COUNT, natural=_SEED)
     _add_launch_without_scheduler(verbs)
 
 

@@ -119,9 +119,9 @@ def _checked(options: Options, *, run: Path) -> Launch:
     nodes, texts, outlines = options.nodes, [], []
     for number, words in enumerate(tasks):
         place = run / f"task-{number}" if options.sweep else run
-        recipe = _recipe(options, words, place)
-        nodes = nodes or _fewest_nodes(recipe, gpus)
-        outlines.append(_check_nodes(recipe, options, site, nodes=nodes, gpus=gpus))
+        recipe = recipe_of(options, words, place)
+        nodes = nodes or fewest_nodes(recipe, gpus)
+        outlines.append(check_nodes(recipe, options, site, nodes=nodes, gpus=gpus))
         recipe_io.check_files(recipe)
         texts.append(recipe_io.dump_recipe(absolute(recipe, place)))
     outline = outlines[0]
@@ -171,7 +171,7 @@ def _settings(options: Options, site: Site, request: Request, plan: ParallelPlan
     )
 
 
-def _recipe(options: Options, words: Sequence[str], run: Path) -> Recipe:
+def recipe_of(options: Options, words: Sequence[str], run: Path) -> Recipe:
     """The recipe, whose results go to the run's folder."""
     recipe = recipe_io.load_recipe(options.recipe, [*options.overrides, *words])
     given = recipe.checkpoint.dir
@@ -183,7 +183,7 @@ def _recipe(options: Options, words: Sequence[str], run: Path) -> Recipe:
     return replace(recipe, checkpoint=replace(recipe.checkpoint, dir=str(run)))
 
 
-def _check_nodes(recipe: Recipe, options: Options, site: Site, *, nodes: int, gpus: int) -> Outline:
+def check_nodes(recipe: Recipe, options: Options, site: Site, *, nodes: int, gpus: int) -> Outline:
     """The plan of the recipe on these nodes."""
     outline = outlined(recipe, gpus=nodes * gpus)
     on_cpu = recipe.runtime.device == "cpu"
@@ -205,7 +205,7 @@ def _held(outline: Outline) -> int:
     return max(stage.bytes.total for stage in outline.stages)
 
 
-def _fewest_nodes(recipe: Recipe, gpus: int) -> int:
+def fewest_nodes(recipe: Recipe, gpus: int) -> int:
     """Nodes that one copy of the model fills, or as many as parallel.dp asks for."""
     check_recipe(recipe)
     return -(-resolve(recipe.parallel, world_size=None).world_size // gpus)

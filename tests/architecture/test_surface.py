@@ -20,6 +20,9 @@ VERBS = {
     "merge": "BASE ADAPTER DST --dtype",
     "launch slurm": "RECIPE --nodes --gpus-per-node --fast-domain --run --spares --time --no-requeue --array --sweep "
     "--dependency --name --site --max-restarts --step-timeout --bad-steps --no-preflight --here --dry-run",
+    "launch kubernetes": "RECIPE --print --kind --nodes --gpus-per-node --fast-domain --spares --node-selector "
+    "--host-network --rdma --image --python --claim --mount --run --shared-memory --name --namespace --queue --site "
+    "--max-restarts --step-timeout --bad-steps",
     "launch local": "RECIPE --max-restarts --step-timeout --bad-steps",
     "launch ssh": "HOSTFILE --ranks-per-node --spares --address --ssh RECIPE --max-restarts --step-timeout --bad-steps",
     "launch status": "RUN --json",
