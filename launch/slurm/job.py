@@ -226,8 +226,9 @@ def field(text: str, name: str) -> str:
 
 def _output(words: Sequence[str]) -> str:
     """What a Slurm command prints; nothing where it fails, which is said."""
-    # SBATCH_… variables of the shell would go before a script's own lines.
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("SBATCH_")}
+    # A successor inherits them: SBATCH_… go before its script's own lines, SLURM_RESTART_COUNT is this job's alone.
+    own = ("SBATCH_", "SLURM_")
+    variables = {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith(own)}
     done = subprocess.run(words, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
         say(f"{' '.join(words)}: {done.stderr.strip()}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.slurm import job
 from launch.slurm.prepare import absolute
 from launch.slurm.script import Request, directives, render
 from launch.slurm.site import Site, read_site
@@ -147,6 +148,20 @@ def test_rendered_script() -> None:
 def test_requests_that_slurm_would_misread(changes: dict[str, str], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         request(**changes)
+
+
+def test_a_successor_is_this_job_without_the_nodes_at_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = "JobId=7 JobName=demo Account=(null) QOS=(null) TimeLimit=1-00:00:00 Partition=gpu ExcNodeList=n[03-04]\n"
+    monkeypatch.setattr(job, "shown_job", lambda: shown)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    (tmp_path / "job.sh").touch()
+    assert job.successor_of(tmp_path, []) == []
+    words = ["sbatch", "--parsable", "--exclude=n01,n03,n04", "--dependency=afterany:7"]
+    words += ["--partition=gpu", "--time=1-00:00:00", "--job-name=demo"]
+    assert job.successor_of(tmp_path, ["n01"]) == [*words, f"{tmp_path}/job.sh"]
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")  # of a sweep
+    assert job.successor_of(tmp_path / "task-2", ["n01"]) == [*words, "--array=2", f"{tmp_path}/job.sh"]
 
 
 # --- site.env ---------------------------------------------------------------------------------------------------------
