@@ -6,6 +6,7 @@ signals are blocked until they are listened to, output goes into the logs.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -53,8 +54,9 @@ def forked(work: Callable[[], int | None], *, log: Path | None = None) -> Fork:
         except BaseException:
             traceback.print_exc()
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):  # a full disk; nothing of the parent's may run on in here
+                sys.stdout.flush()
+                sys.stderr.flush()
             os._exit(code)
     return Fork(pid)
 
