@@ -27,6 +27,7 @@ from mcore_swift.errors import EXIT_FAILED, EXIT_INPUT, EXIT_NEVER_RESTART, EXIT
 from mcore_swift.stop import STOP_SIGNALS
 
 LOCAL = ("127.0.0.1", "localhost")
+RESERVE, RESERVED_BYTES = ".reserve", 32 << 10  # room for the verdict on a disk that is full by then
 
 
 class Supervisor:
@@ -103,7 +104,10 @@ class Supervisor:
         return fence
 
     def _one(self, fence: Fence, listener: socket.socket) -> Result:
-        with (self.run_folder.attempt(fence.attempt) / "batch.log").open("a", encoding="utf-8") as self.log:
+        folder = self.run_folder.attempt(fence.attempt)
+        with contextlib.suppress(OSError):
+            (folder / RESERVE).write_bytes(secrets.token_bytes(RESERVED_BYTES))
+        with (folder / "batch.log").open("a", encoding="utf-8") as self.log:
             attempt = Attempt(
                 self.run_folder,
                 self.job,
@@ -121,6 +125,8 @@ class Supervisor:
         verdict = {**asdict(decision), "next_hosts": decision.hosts, **asdict(result)}
         verdict |= {"code": decision.code, "line": line}
         folder = self.run_folder.attempt(result.attempt)
+        with contextlib.suppress(OSError):
+            (folder / RESERVE).unlink()
         with (folder / "batch.log").open("a", encoding="utf-8") as self.log:
             try:
                 write_json(folder / "verdict.json", verdict)
