@@ -17,14 +17,14 @@ from typing import Any
 from ckpt_tools.peft_folder import CONFIG as ADAPTER_CONFIG
 from ckpt_tools.peft_folder import WEIGHTS as ADAPTER_WEIGHTS
 from mcore_swift.errors import EXIT_FAILED, DamagedCheckpoint, InputError
-from mcore_swift.peft.peft_config import read_json
+from mcore_swift.peft.peft_config import OWN_CONFIG, OWN_WEIGHTS, read_json
 from mcore_swift.weights import safetensors_io as io
 
 AHEAD = "multi-token prediction"  # layers after the model's own, which one token's prediction doesn't need
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 # A tensor's part, by its name in Hugging Face's, Megatron's or GGUF's naming; the first pattern that is found counts.
 PARTS: tuple[tuple[str, str], ...] = (
-    ("adapter", r"lora_"),
+    ("adapter", r"lora_|\.adapter_(down|up)\.|\.reft_"),
     (AHEAD, r"^mtp\."),
     ("norms", r"norm"),
     ("shared experts", r"shared_expert|_shexp\b"),
@@ -149,9 +149,7 @@ def look(path: Path) -> Found:
     for holds, read in _KINDS:
         if holds(path):
             return read(path)
-    allowed = (
-        "allowed: a Hugging Face folder, a Megatron checkpoint, a PEFT adapter folder, a .safetensors or a GGUF file"
-    )
+    allowed = "allowed: a Hugging Face folder, a Megatron checkpoint, an adapter folder, a .safetensors or a GGUF file"
     raise InputError(f"{path}: not known what this is; {allowed}")
 
 
@@ -262,6 +260,7 @@ def _adapter(path: Path) -> Found:
         "rank": config.get("r"),
         "alpha": config.get("lora_alpha"),
         "targets": config.get("target_modules"),
+        "target parameters": config.get("target_parameters"),
         "DoRA": config.get("use_dora"),
         "rsLoRA": config.get("use_rslora"),
         "saved modules": config.get("modules_to_save"),
@@ -269,6 +268,15 @@ def _adapter(path: Path) -> Found:
     file = path / ADAPTER_WEIGHTS
     tensors = _from_entries(io.read_header(file))
     return _found(path, "PEFT adapter", tensors, config=None, details=details, files=[file])
+
+
+def _own_adapter(path: Path) -> Found:
+    """Of a method that PEFT has no format for: bottleneck, reft."""
+    config = read_json(path / OWN_CONFIG, "an adapter folder is needed")
+    details = {"method": config.get("method"), "base": config.get("base_model")}
+    details |= {key.replace("_", " "): value for key, value in config.items() if key not in ("method", "base_model")}
+    file = path / OWN_WEIGHTS
+    return _found(path, "adapter", _from_entries(io.read_header(file)), config=None, details=details, files=[file])
 
 
 def _megatron(path: Path) -> Found:
@@ -339,6 +347,7 @@ _KINDS: tuple[tuple[Callable[[Path], bool], Callable[[Path], Found]], ...] = (
     (lambda path: _starts_with(path, b"GGUF"), _gguf),
     (lambda path: path.is_file() and path.suffix == ".safetensors", _safetensors_file),
     (lambda path: (path / ADAPTER_CONFIG).is_file(), _adapter),
+    (lambda path: (path / OWN_CONFIG).is_file(), _own_adapter),
     (lambda path: (path / ".metadata").is_file() or (path / "metadata.json").is_file(), _megatron),
     (lambda path: (path / "latest_checkpointed_iteration.txt").is_file(), _megatron),
     (lambda path: (path / "config.json").is_file(), _hugging_face),

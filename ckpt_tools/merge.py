@@ -18,7 +18,7 @@ from typing import Any
 
 from ckpt_tools.peft_folder import FLOATS, Adapter, read_adapter
 from mcore_swift.errors import InputError
-from mcore_swift.peft.peft_config import read_json
+from mcore_swift.peft.peft_config import OWN_CONFIG, read_json
 from mcore_swift.weights import safetensors_io as io
 
 DTYPES = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
@@ -33,6 +33,7 @@ def merge(base: Path, adapter: Path, destination: Path, *, dtype: str | None = N
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"--dtype: {dtype!r} is unknown; allowed: {', '.join(DTYPES)}")
     _check_destination(destination, base, adapter)
+    _check_method(adapter)
     source = _read_base(base)
     folder = io.SafetensorsFolder(base)
     loaded = read_adapter(adapter, folder, tied=bool(source.raw.get("tie_word_embeddings")))
@@ -60,6 +61,16 @@ def _check_destination(destination: Path, *sources: Path) -> None:
     for source in sources:
         if destination.resolve().is_relative_to(source.resolve()):
             raise InputError(f"{destination}: lies inside {source}, which is read from; name another folder")
+
+
+def _check_method(adapter: Path) -> None:
+    """Only what changes weights can be folded into them."""
+    if (adapter / OWN_CONFIG).is_file():
+        method = read_json(adapter / OWN_CONFIG, "an adapter folder is needed").get("method")
+        raise InputError(
+            f"{adapter}: {method} changes what layers give, and no weights that it could be merged into would do that;"
+            " use it as it is: mcore-swift generate BASE --adapter …, or adapter.path in a recipe; allowed: PEFT's LoRA"
+        )
 
 
 def _read_base(folder: Path) -> Any:

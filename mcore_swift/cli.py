@@ -185,6 +185,7 @@ def _add_launch(parser: argparse.ArgumentParser) -> None:
 def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", type=Path, help="Hugging Face folder or Megatron checkpoint")
     parser.add_argument("--prompt", metavar="TEXT", required=True)
+    parser.add_argument("--adapter", metavar="FOLDER", type=Path, help="PEFT LoRA, bottleneck or LoReFT on that model")
     parser.add_argument("--max-new-tokens", metavar="N", type=_COUNT, default=128, help="default: %(default)s")
     parser.add_argument("--temperature", metavar="T", type=_TEMPERATURE, default=0.0, help="0, the default: greedy")
     parser.add_argument("--top-p", metavar="P", type=_FRACTION, default=1.0, help="default: %(default)s, all tokens")

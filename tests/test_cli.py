@@ -153,6 +153,7 @@ def test_generate_passes_its_options_on(stand_in: Callable[..., None]) -> None:
     assert seen == {
         "model": Path("model"),
         "prompt": "--raw.text 2 + 2?",
+        "adapter": None,
         "max_new_tokens": 128,
         "temperature": 0.0,
         "top_p": 0.5,

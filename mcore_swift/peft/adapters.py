@@ -109,6 +109,9 @@ class Adapters(nn.Module):
             columns = numbers.t().unsqueeze(-1)
             self._positions = {name: columns == number for number, name in enumerate(self.names)}
 
+    def grow(self, positions: torch.Tensor) -> None:
+        """Says which positions the next forward pass is over: int64 [b, s], of documents that are being generated."""
+
     def tensors(self) -> Iterator[AdapterTensor]:
         for branch in self.branches:
             site: Site = branch.site  # type: ignore[assignment]

@@ -17,11 +17,12 @@ import torch
 from mcore_swift import parallel
 from mcore_swift.errors import InputError, nearest
 from mcore_swift.peft.blocks import BlockAdapter
+from mcore_swift.peft.peft_config import OWN_CONFIG as CONFIG
+from mcore_swift.peft.peft_config import OWN_WEIGHTS as WEIGHTS
 from mcore_swift.peft.peft_config import read_json
 from mcore_swift.weights import safetensors_io as io
 from mcore_swift.weights.hf_folder import published
 
-CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from mcore_swift.errors import InputError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OWN_CONFIG, OWN_WEIGHTS = "adapter.json", "adapter.safetensors"  # of methods that PEFT has no format for
 PREFIX = "base_model.model."
 DEFAULT = "default"  # the name of an adapter that is given none
 SCORE = "score"  # the module of a reward model that is always trained in full

@@ -142,6 +142,10 @@ class ReftAdapters(BlockAdapters):
         """The positions of a whole micro-batch that are changed: bool [b, s]."""
         return choose(batch, first=self.settings.first_tokens, last=self.settings.last_tokens)
 
+    def grow(self, positions: Tensor) -> None:
+        assert self.settings.last_tokens == 0, "a document that still grows has no last tokens"
+        self.begin(positions < self.settings.first_tokens)
+
     def begin(self, chosen: Tensor) -> None:
         """`chosen`: bool [b, s], of the micro-batch that comes next (a context parallel rank's part of it)."""
         branches: list[Any] = list(self.branches)

@@ -17,7 +17,7 @@ from mcore_swift.errors import InputError
 from mcore_swift.models.build import ModelSource, check_layout
 from mcore_swift.parallel import ParallelPlan
 from mcore_swift.platform import Platform, select
-from mcore_swift.recipe import DataSection, ModelSection, ParallelSection, Recipe, RuntimeSection
+from mcore_swift.recipe import AdapterSection, DataSection, ModelSection, ParallelSection, Recipe, RuntimeSection
 
 if TYPE_CHECKING:
     import torch
@@ -40,6 +40,7 @@ def generate(
     *,
     model: Path,
     prompt: str,
+    adapter: Path | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -52,7 +53,8 @@ def generate(
     """Prints the model's continuation of `prompt` as it grows; returns the exit code.
 
     `raw` continues the text itself; otherwise the prompt is a user's turn in the tokenizer's chat template, if any.
-    Raises InputError for a model or layout that can't be used.
+    `adapter`: a folder of one that was trained on the model. Raises InputError for a model, an adapter or a layout that
+    can't be used.
     """
     from mcore_swift.ranks import launch
     from mcore_swift.training import run as training
@@ -63,6 +65,7 @@ def generate(
         model=ModelSection(path=str(model)),
         data=DataSection(train=[], format="synthetic"),
         parallel=layout,
+        adapter=adapter_section(adapter),
         runtime=RuntimeSection(device=device),
     )
     plan = training.plan_ranks(replace(recipe, runtime=replace(recipe.runtime, ranks=tp * pp)), platform)
@@ -75,6 +78,26 @@ def generate(
         preload=lambda: training.preload(platform),
         threads=training.threads(recipe, platform, plan),
     )
+
+
+def adapter_section(folder: Path | None) -> AdapterSection:
+    """A recipe's, for the adapter in `folder`. Raises InputError for a folder that is none, or can't be used here."""
+    from mcore_swift.peft.peft_config import OWN_CONFIG, read_json
+
+    if folder is None:
+        return AdapterSection()
+    if not (folder / OWN_CONFIG).is_file():
+        return AdapterSection(name="lora", path=str(folder))
+    config = read_json(folder / OWN_CONFIG, "an adapter folder is needed")
+    name: Any = config.get("method")
+    if name not in ("bottleneck", "reft"):
+        raise InputError(f"{folder / OWN_CONFIG}: method: found {name!r}; allowed: bottleneck, reft")
+    if name == "reft" and config.get("last_tokens") != 0:
+        raise InputError(
+            f"--adapter: {folder}: LoReFT changes the last {config.get('last_tokens')} tokens of whole documents, and"
+            " an answer that is still growing has no last tokens; only one with last_tokens: 0 can be used to generate"
+        )
+    return AdapterSection(name=name, path=str(folder))
 
 
 def _rank(
@@ -132,16 +155,19 @@ def stop_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> set[int
 
 
 def load_model(recipe: Recipe, source: ModelSource, plan: ParallelPlan, platform: Platform) -> DecoderModel:
-    """This rank's stage of the model with its weights, in evaluation mode."""
+    """This rank's stage of the model with its weights and the recipe's adapter, in evaluation mode."""
     import torch
 
     from mcore_swift.models.build import build_chunks, tensor_rules, transformer_config
+    from mcore_swift.training import adapters
     from mcore_swift.training.setup import load_weights
 
     dtype = torch.bfloat16 if platform.default_dtype == "bf16" else torch.float32
     config = transformer_config(source, plan, platform, dtype=dtype)
     chunks = build_chunks(source, config, plan, platform)
-    load_weights(recipe, source, chunks, tensor_rules(source, config))
+    rules = tensor_rules(source, config)
+    load_weights(recipe, source, chunks, rules)
+    adapters.prepare(recipe, chunks, rules)
     return chunks[0].eval()
 
 
@@ -180,6 +206,8 @@ def _forward(chunk: DecoderModel, ids: torch.Tensor, context: Any) -> torch.Tens
             dist.recv(hidden, group=group, group_src=rank - 1)
             chunk.set_input_tensor(hidden)
         positions = torch.arange(ids.size(1), device=ids.device)[None] + context.sequence_len_offset
+        if (hung := getattr(chunk, "adapters", None)) is not None:
+            hung.grow(positions)
         output = chunk(ids, positions, None, inference_context=context, runtime_gather_output=True)
         if rank < size - 1:
             dist.send(output.contiguous(), group=group, group_dst=rank + 1)

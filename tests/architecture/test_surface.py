@@ -12,7 +12,7 @@ from mcore_swift.recipe import Recipe, SourceSection
 VERBS = {
     "train": "RECIPE --print-recipe --help-recipe",
     "plan": "RECIPE --gpus --ranks --build --explain --json",
-    "generate": "MODEL --prompt --max-new-tokens --temperature --top-p --seed --raw --tp --pp --device",
+    "generate": "MODEL --prompt --adapter --max-new-tokens --temperature --top-p --seed --raw --tp --pp --device",
     "convert": "SRC DST --dtype --workers --max-shard-size --dry-run --config --strict --optimizer --download",
     "verify": "A B --any-dtype --max-ulp --config --logits --text --windows --window-length --max-difference "
     "--min-top1 --max-kl --json",

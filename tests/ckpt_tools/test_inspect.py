@@ -141,6 +141,17 @@ def test_adapter_and_single_file(tmp_path: Path) -> None:
     assert (found.kind, found.parameters, found.tied) == ("safetensors file", 64, None)
 
 
+def test_adapter_that_peft_has_no_format_for(tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.adapter_"
+    save_file(
+        {f"{name}down.weight": torch.ones(4, 8), f"{name}up.bias": torch.ones(8)}, tmp_path / "adapter.safetensors"
+    )
+    (tmp_path / "adapter.json").write_text('{"method": "bottleneck", "base_model": "b", "rank": 4}')
+    found = look(tmp_path)
+    assert (found.kind, found.parameters, list(found.parts)) == ("adapter", 40, ["adapter"])
+    assert found.details == {"method": "bottleneck", "base": "b", "rank": 4}
+
+
 def test_gguf(tmp_path: Path) -> None:
     from tests.ckpt_tools import tiny_gguf
 

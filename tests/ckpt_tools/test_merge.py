@@ -352,6 +352,15 @@ def test_tied_embeddings_are_not_torn_apart(bases: Callable[[str], Path], plain:
     assert "embed_tokens.weight is half of an embedding that the base ties to its head" in message
 
 
+def test_what_is_no_weight_is_not_merged(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    for method in ("bottleneck", "reft"):
+        (tmp_path / "adapter/adapter.json").write_text(json.dumps({"method": method, "rank": 4}))
+        assert f"{method} changes what layers give" in failure(
+            tmp_path, bases("llama"), tmp_path / "adapter", tmp_path / "merged"
+        )
+
+
 def test_places(bases: Callable[[str], Path], plain: tuple[Path, Any], tmp_path: Path) -> None:
     base, adapter = bases("llama"), plain[0]
     (tmp_path / "there").mkdir()

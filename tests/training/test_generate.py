@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mcore_swift import parallel
-from mcore_swift.recipe import DataSection, ModelSection, ParallelSection, Recipe
+from mcore_swift.recipe import AdapterSection, DataSection, ModelSection, ParallelSection, Recipe
 from mcore_swift.training.generate import Sampling
 from tests.distributed.harness import prepared, run_ranks
 from tests.distributed.tiny_models import tiny_folder
@@ -18,16 +18,19 @@ PROMPT = [3, 17, 42, 9, 88, 61, 5]
 GREEDY = Sampling(max_new_tokens=24, temperature=0.0, top_p=1.0, seed=1)
 
 
-def rank_tokens(folder: Path, layout: ParallelSection, sampling: Sampling, stop: set[int]) -> list[int]:
+def rank_tokens(
+    folder: Path, layout: ParallelSection, sampling: Sampling, stop: set[int], adapter: AdapterSection | None = None
+) -> list[int]:
     from mcore_swift.models.build import read_source
     from mcore_swift.training.generate import load_model, tokens
 
     platform = prepared()
     plan = parallel.resolve(layout, world_size=int(os.environ["WORLD_SIZE"]))
     parallel.initialize(plan, platform, seed=1)
-    recipe = Recipe(model=ModelSection(path=str(folder)), data=DataSection(train=[]), parallel=layout)
-    model = load_model(recipe, read_source(folder), plan, platform)
-    return list(tokens(model, PROMPT, sampling, stop=stop))
+    model, adapter = ModelSection(path=str(folder)), adapter or AdapterSection()
+    recipe = Recipe(model=model, data=DataSection(train=[]), parallel=layout, adapter=adapter)
+    chunk = load_model(recipe, read_source(folder), plan, platform)
+    return list(tokens(chunk, PROMPT, sampling, stop=stop))
 
 
 def run(
