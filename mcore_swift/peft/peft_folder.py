@@ -68,6 +68,8 @@ def whole_stacks(
     tensors: Sequence[AdapterTensor],
     pieces: Mapping[str, fused.Piece],
     value: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    device: torch.device,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Whole tensors of stacks of experts, put together from those of single experts that `pieces` says the place of.
 
@@ -85,7 +87,7 @@ def whole_stacks(
         copies = dist.get_world_size(replicas)
         if number % copies != dist.get_rank(replicas):
             continue
-        whole = torch.zeros(shapes[source], device=tensors[0].parameter.device if tensors else None)
+        whole = torch.zeros(shapes[source], device=device)  # a rank may have none of the stack's adapters
         for tensor in mine.get(source, ()):
             if tensor.split is not None or tensor.rank == 0:  # each number from one rank: the others add 0
                 shard = _shard(tensor, value(tensor.parameter))
@@ -157,7 +159,8 @@ def save(
         parallel.on_first_rank(lambda: _begin(partial, plan, config))
         error: OSError | None = None
         own = whole_tensors(chunks, adapter, value=change, without=pieces)
-        for name, tensor in chain(own, whole_stacks(tensors, pieces, change) if stacks else ()):
+        device = tensors[0].parameter.device if tensors else next(chunks[0].parameters()).device
+        for name, tensor in chain(own, whole_stacks(tensors, pieces, change, device=device) if stacks else ()):
             try:
                 if error is None:
                     io.write_tensor(partial, plan, PREFIX + name, tensor.to(live.DTYPES[specs[PREFIX + name].dtype]))
