@@ -51,7 +51,7 @@ class ExpertFit:
     def gpu_only(self) -> str:
         """Keys that are set to what the CPU platform hasn't."""
         wanted = {"dispatcher": "flex"} | dict.fromkeys(
-            ("grouped", "router_fusion", "permute_fusion", "shared_expert_overlap"), True
+            ("router_fusion", "permute_fusion", "shared_expert_overlap"), True
         )
         return ", ".join(f"{key}: {value}" for key, value in wanted.items() if getattr(self.moe, key) == value)
 
@@ -66,7 +66,7 @@ EXPERT_RULES: list[Row[ExpertFit]] = [
     ),
     Row(
         "moe",
-        "flex, grouped, router_fusion, permute_fusion or shared_expert_overlap, on the CPU",
+        "flex, router_fusion, permute_fusion or shared_expert_overlap, on the CPU",
         lambda r: r.device == "cpu" and r.gpu_only,
         "{r.gpu_only} needs a GPU",
         "leave it out",

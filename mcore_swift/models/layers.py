@@ -31,6 +31,7 @@ from mcore_swift.models import mtp
 from mcore_swift.models.attention import TorchAttention
 from mcore_swift.models.config import DecoderConfig
 from mcore_swift.models.expert_bias import with_bias
+from mcore_swift.models.grouped_linear import with_groups
 from mcore_swift.models.latent_attention import NORM_KEYS, LatentAttention, LatentRotary
 from mcore_swift.models.post_norm import add_post_norms
 from mcore_swift.models.router import with_router
@@ -130,7 +131,9 @@ def _torch_layer(config: DecoderConfig, *, moe: bool) -> ModuleSpec:
         keys = {**NORM_KEYS, "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
     if moe:  # Transformer Engine has the norm before experts as a module of its own: so have the global keys
         keys = {name: key for name, key in keys.items() if name != "pre_mlp_layernorm."}
-    if moe and config.add_bias_linear:
+    if moe and config.moe_grouped_gemm:
+        layer = replace(layer, mlp=with_groups(layer.mlp))
+    elif moe and config.add_bias_linear:
         layer = replace(layer, mlp=with_bias(layer.mlp))
     layer = replace(
         layer,

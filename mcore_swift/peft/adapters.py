@@ -16,6 +16,7 @@ from torch import nn
 from mcore_swift import parallel
 from mcore_swift.errors import InputError
 from mcore_swift.peft import frozen, saved
+from mcore_swift.peft.grouped import GroupedBranch, ends_of, joined
 from mcore_swift.peft.lora import LoraBranch, LoraSettings
 from mcore_swift.peft.peft_config import DEFAULT
 from mcore_swift.peft.sites import Part, Site, find_sites
@@ -36,11 +37,21 @@ class AdapterTensor:
     rank: int
     expert: bool
     start: torch.Tensor | None = None  # PiSSA: what the parameter started with
+    index: int | None = None  # its place in a parameter that stacks the rank's experts'
+
+    @property
+    def place(self) -> tuple[int, int | None]:
+        """The same for tensors that are one: modules that share an A."""
+        return id(self.parameter), self.index
+
+    def part_of(self, value: torch.Tensor) -> torch.Tensor:
+        """This tensor's part of what stands for the parameter."""
+        return value if self.index is None else value[self.index]
 
     @property
     def whole_size(self) -> int:
         """Elements of the whole tensor."""
-        return self.parameter.numel() * (self.size if self.split is not None else 1)
+        return self.part_of(self.parameter).numel() * (self.size if self.split is not None else 1)
 
 
 class Adapters(nn.Module):
@@ -60,10 +71,11 @@ class Adapters(nn.Module):
         self.saved_rules: Mapping[str, TensorRule] = {}
         self.saved: list[saved.SavedTensor] = []
         self.frozen: list[frozen.FrozenLinear] = []
-        self._of_module: dict[int, list[LoraBranch]] = {}
+        self._of_module: dict[int, list[LoraBranch | GroupedBranch]] = {}
+        self._ends: tuple[Any, Any] = (None, None)  # a forward pass' tokens of each expert, and where they end
         self._positions: dict[str, torch.Tensor] = {}  # by adapter: bool [s, b, 1], where a forward pass is routed
 
-    def add(self, name: str, branches: Sequence[LoraBranch]) -> None:
+    def add(self, name: str, branches: Sequence[LoraBranch | GroupedBranch]) -> None:
         """Hangs one more adapter on the layers; the first one is active."""
         self.active = self.active if self.names else name
         self.names.append(name)
@@ -72,13 +84,16 @@ class Adapters(nn.Module):
             beside = self._of_module.setdefault(id(branch.site.module), [])
             beside.append(branch)
             if len(beside) == 1:
-                if frozen.fits(branch):
-                    layer = frozen.FrozenLinear(branch, single=partial(self._single, beside))
-                    branch.site.module.forward = layer
-                    self.frozen.append(layer)
-                branch.site.module.register_forward_hook(partial(self._hook, beside))
+                hook: Any = self._grouped_hook
+                if isinstance(branch, LoraBranch):
+                    hook = self._hook
+                    if frozen.fits(branch):
+                        layer = frozen.FrozenLinear(branch, single=partial(self._single, beside))
+                        branch.site.module.forward = layer
+                        self.frozen.append(layer)
+                branch.site.module.register_forward_hook(partial(hook, beside))
 
-    def _single(self, branches: Sequence[LoraBranch]) -> bool:
+    def _single(self, branches: Sequence[LoraBranch | GroupedBranch]) -> bool:
         return len(branches) == 1 and not self._positions and branches[0].adapter == self.active
 
     def _hook(
@@ -93,6 +108,17 @@ class Adapters(nn.Module):
         for branch in branches:
             if branch.acts and (self._positions or branch.adapter == self.active):
                 out = branch.adapted(inputs, out, self._positions.get(branch.adapter))
+        return out, bias
+
+    def _grouped_hook(
+        self, branches: Sequence[GroupedBranch], module: nn.Module, args: tuple[Any, Any], output: tuple[Any, Any]
+    ) -> tuple[Any, Any]:
+        (inputs, splits), (out, bias) = args, output
+        if self._ends[0] is not splits:  # the same list for fc1 and fc2
+            self._ends = splits, ends_of(splits, inputs.device)
+        for branch in branches:
+            if branch.acts and branch.adapter == self.active:
+                out = branch.adapted(inputs, out, self._ends[1])
         return out, bias
 
     def route(self, numbers: torch.Tensor | None) -> None:
@@ -113,37 +139,72 @@ class Adapters(nn.Module):
         """Says which positions the next forward pass is over: int64 [b, s], of documents that are being generated."""
 
     def tensors(self) -> Iterator[AdapterTensor]:
-        for branch in self.branches:
-            site: Site = branch.site  # type: ignore[assignment]
-            for part in branch.parts:  # type: ignore[union-attr]
-                start = branch.start.get(part.leaf, (None, None, None))  # type: ignore[union-attr]
-                for (kind, split, parameter), first in zip(_of_part(branch, part, site), start, strict=False):  # type: ignore[arg-type]
-                    name = f"{part.name}.{kind}"
-                    adapter: str = branch.adapter  # type: ignore[assignment]
-                    yield AdapterTensor(adapter, name, parameter, split, site.size, site.rank, site.expert, first)
+        branches: list[Any] = list(self.branches)
+        for branch in branches:
+            yield from _of_grouped(branch) if isinstance(branch, GroupedBranch) else _of_layer(branch)
 
     def merged(self) -> dict[int, Callable[[], torch.Tensor]]:
         """id of a layer's weight → what gives that weight with the active adapter in it."""
+        found: dict[int, Callable[[], torch.Tensor]] = {}
         branches: list[Any] = [branch for branch in self.branches if branch.adapter == self.active]
-        return {id(branch.site.weight): branch.merged for branch in branches}
+        for branch in branches:
+            grouped = isinstance(branch, GroupedBranch)
+            found |= branch.merged_weights() if grouped else {id(branch.site.weight): branch.merged}
+        return found
 
     def sharded_state_dict(self, prefix: str = "", *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Megatron's description of the shards, under global keys that don't depend on the layout."""
-        from megatron.core.dist_checkpointing import ShardedTensor
+        parameters: dict[int, dict[int | None, AdapterTensor]] = {}
+        for tensor in self.tensors():  # an A that several modules share is saved once
+            parameters.setdefault(id(tensor.parameter), {}).setdefault(tensor.index, tensor)
+        tensors = [list(by_index.values()) for by_index in parameters.values()]
+        return {prefix + _key(own[0]): _sharded(own) for own in tensors}
 
-        found, seen = {}, set()
-        for tensor in self.tensors():
-            if id(tensor.parameter) in seen:  # an A that several modules share is saved once
-                continue
-            seen.add(id(tensor.parameter))
-            group, replicas = parallel.expert_weight_groups() if tensor.expert else parallel.weight_groups()
-            place = [(tensor.split, tensor.rank, tensor.size)] if tensor.split is not None and tensor.size > 1 else []
-            copy = 0 if place else dist.get_rank(group)
-            name = tensor.name if tensor.adapter == DEFAULT else f"{tensor.adapter}.{tensor.name}"
-            found[prefix + name] = ShardedTensor.from_rank_offsets(
-                ADAPTERS + name, tensor.parameter, *place, replica_id=(0, copy, dist.get_rank(replicas))
-            )
-        return found
+
+def _key(tensor: AdapterTensor) -> str:
+    return tensor.name if tensor.adapter == DEFAULT else f"{tensor.adapter}.{tensor.name}"
+
+
+def _sharded(tensors: Sequence[AdapterTensor]) -> Any:
+    """Megatron's description of one parameter: this tensor, or these slices of it."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+
+    first = tensors[0]
+    if first.index is None:
+        return _shard(first, first.parameter)
+
+    def build(key: str, data: torch.Tensor, *_: Any) -> list[Any]:
+        return [_shard(tensor, tensor.part_of(data)) for tensor in tensors]
+
+    return ShardedTensorFactory(ADAPTERS + _key(first), first.parameter, build, torch.stack)  # type: ignore[arg-type]
+
+
+def _shard(tensor: AdapterTensor, data: torch.Tensor) -> Any:
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    group, replicas = parallel.expert_weight_groups() if tensor.expert else parallel.weight_groups()
+    place = [(tensor.split, tensor.rank, tensor.size)] if tensor.split is not None and tensor.size > 1 else []
+    replica = (0, 0 if place else dist.get_rank(group), dist.get_rank(replicas))
+    return ShardedTensor.from_rank_offsets(ADAPTERS + _key(tensor), data, *place, replica_id=replica)
+
+
+def _of_layer(branch: LoraBranch) -> Iterator[AdapterTensor]:
+    site = branch.site
+    for part in branch.parts:
+        start = branch.start.get(part.leaf, (None, None, None))
+        for (kind, split, parameter), first in zip(_of_part(branch, part, site), start, strict=False):
+            name = f"{part.name}.{kind}"
+            yield AdapterTensor(branch.adapter, name, parameter, split, site.size, site.rank, site.expert, first)
+
+
+def _of_grouped(branch: GroupedBranch) -> Iterator[AdapterTensor]:
+    for number, site, name, leaf in branch.modules_adapted():
+        starts = branch.start.get(leaf, (None, None))
+        columns, rows = (1 if site.split == "columns" else None), (0 if site.split == "rows" else None)
+        found = (("lora_A", columns, branch.a_of(leaf)), ("lora_B", rows, branch.lora_B[leaf]))
+        for (kind, split, parameter), start in zip(found, starts, strict=True):
+            name_here, place = f"{name}.{kind}.weight", (site.size, site.rank)
+            yield AdapterTensor(branch.adapter, name_here, parameter, split, *place, True, start, number)
 
 
 def _of_part(branch: LoraBranch, part: Part, site: Site) -> Iterator[tuple[str, int | None, nn.Parameter]]:
@@ -176,7 +237,7 @@ def attach(
     for chunk in chunks:
         if not beside:
             chunk.requires_grad_(False)
-        branches = []
+        branches: list[LoraBranch] = []
         for site in find_sites(chunk, rules):
             parts = [part for part in site.parts if part.name in set(names)]
             if not parts:
@@ -193,10 +254,22 @@ def attach(
             make_first_activation_differentiable(chunk)
             if next(chunk.parameters()).is_cuda:
                 frozen.lighten_norms(chunk)
-        chunk.adapters.add(adapter, branches)
+        chunk.adapters.add(adapter, _joined(branches))
         if not beside:
             frozen.join_gates(chunk)
     return names
+
+
+def _joined(branches: Sequence[LoraBranch]) -> list[LoraBranch | GroupedBranch]:
+    """`joined`, whose error is raised on all ranks: each sees its own experts only."""
+    found: list[LoraBranch | GroupedBranch] = []
+    error: InputError | None = None
+    try:
+        found = joined(branches)
+    except InputError as problem:
+        error = problem
+    parallel.raise_together(error)
+    return found
 
 
 def _check_beside(adapter: str, settings: LoraSettings, others: Sequence[str]) -> None:
@@ -305,11 +378,6 @@ def _frozen_layers(models: Sequence[Any]) -> Iterator[frozen.FrozenLinear]:
 
 
 def _check_site(rank: int, site: Site) -> None:
-    if hasattr(site.module, "num_gemms"):  # one module holds all of the rank's experts
-        raise InputError(
-            f"adapter.targets: {site.parts[0].name}: adapters on grouped experts are not there yet;"
-            " set moe.grouped: false, or leave the experts out"
-        )
     for part in site.parts:
         if rank > min(part.rows, site.in_features):
             raise InputError(

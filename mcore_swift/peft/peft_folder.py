@@ -59,7 +59,7 @@ def whole_tensors(
         copies = dist.get_world_size(replicas)
         if number % copies == dist.get_rank(replicas):
             owner = (number // copies) % dist.get_world_size(group)
-            whole = live.gather([_shard(tensor, value(tensor.parameter))], owner, group)
+            whole = live.gather([_shard(tensor, tensor.part_of(value(tensor.parameter)))], owner, group)
             if whole is not None:
                 yield tensor.name, whole
 
@@ -90,7 +90,7 @@ def whole_stacks(
         whole = torch.zeros(shapes[source], device=device)  # a rank may have none of the stack's adapters
         for tensor in mine.get(source, ()):
             if tensor.split is not None or tensor.rank == 0:  # each number from one rank: the others add 0
-                shard = _shard(tensor, value(tensor.parameter))
+                shard = _shard(tensor, tensor.part_of(value(tensor.parameter)))
                 place = tuple(slice(o, o + n) for o, n in zip(shard.offset, shard.data.shape, strict=True))
                 pieces[tensor.name].of(whole)[place] = shard.data
         owner = (number // copies) % dist.get_world_size(group)
@@ -133,7 +133,9 @@ def save(
     dtypes = {torch.float32: "F32", torch.bfloat16: "BF16"}
     change = _change(chunks, adapter)
     tensors = tensors_of(chunks, adapter)
-    mine = {t.name: (dtypes[t.parameter.dtype], _shard(t, change(t.parameter)).global_shape) for t in tensors}
+    mine = {
+        t.name: (dtypes[t.parameter.dtype], _shard(t, t.part_of(change(t.parameter))).global_shape) for t in tensors
+    }
     if settings.pissa:
         settings = replace(settings, rank=2 * settings.rank, alpha=settings.scaling * 2 * settings.rank, rslora=False)
     shapes = parallel.union_over_model(mine)
@@ -178,7 +180,7 @@ def _change(chunks: Sequence[Any], adapter: str) -> Callable[[torch.Tensor], tor
         start, is_a = starts.get(id(parameter), (None, False))
         if start is None:
             return parameter.data
-        return torch.cat([parameter.data, start]) if is_a else torch.cat([parameter.data, -start], dim=1)
+        return torch.cat([parameter.data, start if is_a else -start], dim=-2 if is_a else -1)
 
     return value
 
@@ -411,7 +413,7 @@ def load(chunks: Sequence[Any], folder: Path, adapter: str = DEFAULT) -> None:
                 f"{file.path}: {file.called(extra[0])} belongs to no adapted layer of this model."
                 f"{nearest(extra[0], list(wanted))}"
             )
-        filled: dict[int, str] = {}
+        filled: dict[tuple[int, int | None], str] = {}
         for tensor in tensors_of(chunks, adapter):
             _fill(tensor, file, filled)
         _fill_saved(chunks, file.file, saved_rules(chunks, adapter))
@@ -421,9 +423,10 @@ def load(chunks: Sequence[Any], folder: Path, adapter: str = DEFAULT) -> None:
 
 
 @torch.no_grad()
-def _fill(tensor: AdapterTensor, file: _AdapterFile, filled: dict[int, str]) -> None:
+def _fill(tensor: AdapterTensor, file: _AdapterFile, filled: dict[tuple[int, int | None], str]) -> None:
     """`filled`: the names that parameters have been filled from; a shared A has several, which must be the same."""
-    shard = _shard(tensor, tensor.parameter)
+    own = tensor.part_of(tensor.parameter)
+    shard = _shard(tensor, own)
     if tensor.name not in file.stored and tensor.name not in file.pieces:
         raise InputError(f"{file.path}: {PREFIX}{tensor.name} is missing")
     name = file.called(tensor.name)
@@ -432,14 +435,14 @@ def _fill(tensor: AdapterTensor, file: _AdapterFile, filled: dict[int, str]) -> 
             f"{file.path}: {name} has shape {list(file.shape(tensor.name))}, this model and rank need"
             f" {list(shard.global_shape)}: is it another base model's?"
         )
-    place = [slice(first, first + n) for first, n in zip(shard.offset, tensor.parameter.shape, strict=True)]
+    place = [slice(first, first + n) for first, n in zip(shard.offset, own.shape, strict=True)]
     values = file.read(tensor.name, *place)
     if not bool(torch.isfinite(values).all()):
         raise InputError(f"{file.path}: tensor {name} has NaN or infinite values")
-    first = filled.setdefault(id(tensor.parameter), tensor.name)
-    if first != tensor.name and not torch.equal(tensor.parameter, values.to(tensor.parameter)):
+    first = filled.setdefault(tensor.place, tensor.name)
+    if first != tensor.name and not torch.equal(own, values.to(own)):
         raise InputError(f"{file.path}: {tensor.name} differs from {first}; adapter.share_a needs one A for both")
-    tensor.parameter.copy_(values)
+    own.copy_(values)
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ QUANTIZED_RULES: list[Row[QuantizedFit]] = [
     Row(
         "moe.grouped adapter.quantization",
         "true, its default on GPUs, with adapter.quantization: nf4, fp4 or fp8",
-        lambda r: r.has_experts and not r.on_cpu and r.recipe.moe.grouped is not False,
+        lambda r: r.has_experts and (not r.on_cpu if r.recipe.moe.grouped is None else r.recipe.moe.grouped),
         "grouped experts are not quantized here yet",
         "set moe.grouped: false",
     ),

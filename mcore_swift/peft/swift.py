@@ -160,7 +160,7 @@ def count_parameters(chunks: Sequence[Any]) -> tuple[int, int]:
     from mcore_swift.weights import live
 
     first = chunks[0]
-    tensors = {id(tensor.parameter): tensor for chunk in chunks for tensor in chunk.adapters.tensors()}
+    tensors = {tensor.place: tensor for chunk in chunks for tensor in chunk.adapters.tensors()}
     own = {f"{tensor.adapter}.{tensor.name}": tensor.whole_size for tensor in tensors.values()}
     added = sum(parallel.union_over_model(own).values())
     shapes = live.global_shapes(chunks)

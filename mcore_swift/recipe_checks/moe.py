@@ -94,7 +94,6 @@ EXPERTS: list[Row[Recipe]] = [
         )
         for key, value in (
             ("dispatcher", "flex"),
-            ("grouped", True),
             ("router_fusion", True),
             ("permute_fusion", True),
             ("shared_expert_overlap", True),

@@ -37,7 +37,7 @@ MODEL = [
         "moe: aux_loss, aux_loss_coeff: qwen3 has no experts",
     ),
     ("qwen3", {"router_dtype": "fp64"}, {}, "moe: router_dtype: qwen3 has no experts"),
-    ("qwen3-moe", {"grouped": True}, {}, "moe: grouped: True needs a GPU"),
+    ("qwen3-moe", {"permute_fusion": True}, {}, "moe: permute_fusion: True needs a GPU"),
     ("qwen3-moe", {"dispatcher": "flex"}, {"device": "cpu"}, "moe: dispatcher: flex needs a GPU"),
     (
         "qwen3-moe",
@@ -159,7 +159,6 @@ RECIPES = [
     ),
     ({"dispatcher": "allgather"}, {"packing": False}, "moe.dispatcher: allgather with data.packing: false is not supp"),
     ({"dispatcher": "flex"}, {"device": "cpu"}, "moe.dispatcher: flex needs a GPU, found runtime.device: cpu"),
-    ({"grouped": True}, {"device": "cpu"}, "moe.grouped: True needs a GPU, found runtime.device: cpu"),
     ({"permute_fusion": True}, {"device": "cpu"}, "moe.permute_fusion: True needs a GPU, found runtime.device: cpu"),
     (
         {"shared_expert_overlap": True, "dispatcher": "allgather"},
