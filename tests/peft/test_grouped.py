@@ -126,7 +126,7 @@ def test_one_folder(models: Any, tmp_path: Path, init: str) -> None:
 @pytest.mark.parametrize(
     ("saving", "loading"),
     [
-        pytest.param(("EP2 DP2", GROUPED), ("EP2 TP2 ETP1", ALONE), marks=slow),
+        pytest.param(("EP2 DP2", GROUPED), ("EP2 TP2 ETP1", ALONE), marks=nightly),
         pytest.param(("EP2 TP2 DP2", ALONE), ("EP2 DP2", GROUPED), marks=nightly),
         pytest.param(("EP2 DP2", GROUPED), ("EP2 DP2", GROUPED), marks=nightly),
     ],
