@@ -18,7 +18,8 @@ from tests.distributed.harness import RankFailure, in_fork, run_ranks
 from tests.distributed.rank_model import assert_close, merge, open_model, recipe_for
 from tests.peft.method_run import RATE, adapter_rank, write_rank
 from tests.peft.peft_run import LEARNING_RATE
-from tests.peft.test_lora import EXPERT_LAYOUTS, defined, expert_folder
+from tests.peft.test_experts import LAYOUTS as EXPERT_LAYOUTS
+from tests.peft.test_experts import expert_folder, trained_as_defined
 from tests.training.checkpoint_run import assemble, layout, saved_and_loaded, with_checkpoints
 
 slow, nightly = pytest.mark.slow, pytest.mark.nightly
@@ -49,15 +50,16 @@ def adapter_run(model: Path, place: ParallelSection, adapter: AdapterSection, **
     ],
 )
 def test_as_defined(models: Any, variant: str, place: str, runtime: RuntimeSection | None) -> None:
-    """W + scaling · B A in transformers' model, float64: loss and every adapter's gradient."""
+    """W + scaling · B A in transformers' model, float64: loss, every adapter's gradient, three steps."""
     model = models(variant)
-    folder = expert_folder(model, model.parent / f"{variant}-lora")
-    loss, gradients = defined(model, folder)
+    folder = expert_folder(model, model.parent / f"{variant}-experts-")
+    loss, gradients, trained = trained_as_defined(model, folder)
     adapter = AdapterSection(name="lora", path=str(folder))
     fields: dict[str, Any] = {"moe": GROUPED, "learning_rate": LEARNING_RATE, "runtime": runtime}
-    losses, found, _ = adapter_run(model, EXPERT_LAYOUTS[place], adapter, **fields)
+    losses, found, then = adapter_run(model, EXPERT_LAYOUTS[place], adapter, **fields)
     assert losses[0] == pytest.approx(loss, rel=1e-6)
     assert_close(found, gradients)
+    assert_close(then, trained)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -165,7 +167,7 @@ def frozen_rank(recipe: Recipe) -> tuple[bool, bool]:
 @nightly
 def test_disabled(models: Any) -> None:
     model = models("qwen3-moe")
-    folder = expert_folder(model, model.parent / "qwen3-moe-lora")
+    folder = expert_folder(model, model.parent / "qwen3-moe-experts-")
     recipe = recipe_for(model, adapter=AdapterSection(name="lora", path=str(folder)), moe=GROUPED)
     assert run_ranks(frozen_rank, 1, recipe)[0] == (True, True)
 
