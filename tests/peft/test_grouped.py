@@ -25,7 +25,6 @@ from tests.training.checkpoint_run import assemble, layout, saved_and_loaded, wi
 slow, nightly = pytest.mark.slow, pytest.mark.nightly
 GROUPED, ALONE = MoeSection(grouped=True), MoeSection(grouped=False)
 FULL = RuntimeSection(device="cpu", recompute="full")
-ACTIVATION = RuntimeSection(device="cpu", recompute="selective", recompute_modules=["moe_act"])
 
 
 def adapter_run(model: Path, place: ParallelSection, adapter: AdapterSection, **fields: Any) -> Any:
@@ -40,7 +39,6 @@ def adapter_run(model: Path, place: ParallelSection, adapter: AdapterSection, **
         pytest.param("qwen3-moe", "EP2", None, id="qwen3-moe-EP2"),
         pytest.param("qwen3-moe", "EP2xTP2", None, marks=slow, id="qwen3-moe-EP2xTP2"),
         pytest.param("qwen3-moe", "EP2", FULL, marks=nightly, id="recomputed"),
-        pytest.param("qwen3-moe", "EP2xTP2", ACTIVATION, marks=nightly, id="activation-recomputed"),
         *(
             pytest.param(variant, place, None, marks=nightly, id=f"{variant}-{place}")
             for variant in ("qwen3-moe", "mixtral")
