@@ -123,7 +123,7 @@ class ObjectiveSection(_Strict):
     losses: dict[str, float] = field(default_factory=dict)  # dpo: several, with weights, in place of one
     beta: float | None = None  # how closely rewards follow log-probabilities; default 0.1, simpo 2.0; orpo's λ; js's β
     gamma: float | None = None  # simpo: by how much the preferred answer should win; default 1.0
-    label_smoothing: float = 0.0  # share of pairs that are taken to be the wrong way round (0 ≤ x < 0.5)
+    label_smoothing: float = 0.0  # share of pairs taken to be the wrong way round; sft: of probability for all tokens
     sft_weight: float | None = None  # weight of the preferred answers' likelihood (rpo_alpha); default 0, cpo 1
     f_divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"  # dpo: what β regularizes
     f_alpha: float = 0.5  # the α of f_divergence: alpha

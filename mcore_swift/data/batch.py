@@ -45,7 +45,7 @@ class Sequences:
 class MicroBatch:
     """Tokens already shifted: `labels[b, s]` is the token that follows `tokens[b, s]`.
 
-    tokens, labels, position_ids: int64 [b, s]; loss_mask: float32 [b, s], 1 where the label counts.
+    tokens, labels, position_ids: int64 [b, s]; loss_mask: float32 [b, s], 1 where the label counts, or its weight.
     Packed: b == 1, `cu_seqlens` int32 [n + 1] starts at 0 and ends at s (tail padding is a segment of its own, with
     loss_mask 0), `max_seqlen` is the longest segment. Unpacked: both None, rows are padded on the right.
     Where the loss mask is 0 the label is 0 (a valid index).
@@ -56,6 +56,7 @@ class MicroBatch:
     `chosen`: bool [b, s], positions that an adapter asked for; None: none has. Set on the part that a rank computes.
     `compare`: what takes the place of the labels' log-probabilities on the last pipeline stage, an output processor of
     Megatron's GPTModel; None: nothing does. Set on that part, too.
+    `weighted`: labels may have other weights than 1. All micro-batches of a data set say the same.
 
     A context parallel rank's part (`context_split.part_of`) has s / cp positions, and the `cu_seqlens` of the whole.
     """
@@ -71,6 +72,7 @@ class MicroBatch:
     chosen: torch.Tensor | None = None
     adapter: torch.Tensor | None = None
     compare: Callable[..., torch.Tensor] | None = None
+    weighted: bool = False
 
     def to(self, device: torch.device) -> MicroBatch:
         def move(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -88,4 +90,5 @@ class MicroBatch:
             chosen=move(self.chosen),
             adapter=move(self.adapter),
             compare=self.compare,
+            weighted=self.weighted,
         )

@@ -43,7 +43,7 @@ class _Rows:
         self.tokens[row, start:end] = tokens
         counted = loss[1:] != 0
         self.labels[row, start : end - 1] = np.where(counted, tokens[1:], 0)
-        self.loss_mask[row, start : end - 1] = counted
+        self.loss_mask[row, start : end - 1] = loss[1:]
         self.position_ids[row, start:end] = np.arange(end - start)
         self.real[row, start:end] = True
         self.adapter[row, start:end] = adapter

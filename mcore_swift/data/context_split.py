@@ -48,7 +48,8 @@ def pad_documents(batch: MicroBatch, multiple: int) -> MicroBatch:
     def spread(values: Tensor, fill: int = 0) -> Tensor:
         return values.new_full((1, int(boundaries[-1])), fill).index_copy_(1, index, values)
 
-    return MicroBatch(
+    return replace(
+        batch,
         tokens=spread(batch.tokens),
         labels=spread(batch.labels),
         loss_mask=spread(batch.loss_mask),
@@ -71,7 +72,8 @@ def lengthen(batch: MicroBatch, length: int) -> MicroBatch:
     def extend(values: Tensor, fill: int = 0) -> Tensor:
         return torch.nn.functional.pad(values, (0, missing), value=fill)
 
-    return MicroBatch(
+    return replace(
+        batch,
         tokens=extend(batch.tokens),
         labels=extend(batch.labels),
         loss_mask=extend(batch.loss_mask),

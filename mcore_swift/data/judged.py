@@ -62,7 +62,7 @@ class JudgedText(NamedTuple):
 
 def read_judged(row: Row, layout: Layout) -> JudgedRow:
     """The row's conversations, checked. Raises RowError with the reason when it can't be used."""
-    judgement = Judgement(_number(row, "margin"), _number(row, "weight", least=0.0), math.nan)
+    judgement = Judgement(_number(row, "margin"), weight_of(row), math.nan)
     tools = row.get("tools") or None
     if "label" in layout.columns:
         label = row.get("label")
@@ -225,6 +225,11 @@ def _with_system(row: Row, messages: list[Message]) -> list[Message]:
     if not isinstance(system, str):
         raise RowError(f"system is a {type(system).__name__}, not a string")
     return [{"role": "system", "content": system}, *messages]
+
+
+def weight_of(row: Row) -> float:
+    """The row's weight in the loss; NaN where it has none. Raises RowError for one that can't be."""
+    return _number(row, "weight", least=0.0)
 
 
 def _number(row: Row, column: str, least: float = -math.inf) -> float:

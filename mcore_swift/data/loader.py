@@ -117,7 +117,8 @@ class TokenizedSamples:
         adapters = None
         if self.samples.rows.adapter is not None:
             adapters = [[] if number is None else self.samples.adapters(number) for number in numbers]
-        return collate(documents, packing=self.packing, shape=self.shape, pad_id=self.pad_id, adapters=adapters)
+        batch = collate(documents, packing=self.packing, shape=self.shape, pad_id=self.pad_id, adapters=adapters)
+        return replace(batch, weighted=self.samples.rows.weights is not None)
 
     def report(self) -> dict[str, Any]:
         return _report(self.samples, self.shape.sequence_length if self.packing else None)
@@ -179,6 +180,7 @@ class _Maker:
             rows = tokenize_files(files, tokenizer=self.tokenizer, format=format, cache_dir=cache)
         except WrongColumns as error:
             raise InputError(f"{error}; {self.wanted}") from error
+        self.wanted.check_weights(rows.all_weights, ", ".join(map(str, files)))
         field = self.data.adapter_field
         return rows if field is None else replace(rows, adapter=read_adapters(files, field=field, names=self.adapters))
 

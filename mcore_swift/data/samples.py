@@ -11,7 +11,7 @@ from mcore_swift.data.packing import best_fit_decreasing
 from mcore_swift.data.sources import raise_problems
 from mcore_swift.data.tokenized import TokenizedRows
 
-Document = tuple[np.ndarray, np.ndarray]  # tokens int32 [n], loss uint8 [n]
+Document = tuple[np.ndarray, np.ndarray]  # tokens int32 [n], loss uint8 [n], or float32 of rows with weights
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,11 @@ class SampleSet:
     def _document(self, item: int) -> Document:
         start = int(self.starts[item])
         end = start + int(self.lengths[item])
-        return self.rows.tokens[start:end], self.rows.loss[start:end]
+        tokens, loss = self.rows.tokens[start:end], self.rows.loss[start:end]
+        if self.rows.weights is None:
+            return tokens, loss
+        row = np.searchsorted(self.rows.offsets, start, side="right") - 1
+        return tokens, loss * self.rows.weights[row]
 
 
 def make_samples(

@@ -111,6 +111,11 @@ class StreamReader:
             raise_problems(self._problems)
             if row is None:
                 return encoded, True
+            if row.weight != 1.0:
+                raise InputError(
+                    f"data.streaming: a row's weight is {row.weight:g}, but a weighted mean needs rows that are known"
+                    " beforehand; set data.streaming: false, or leave the column out"
+                )
             encoded.append(row)
             tokens += len(row.tokens)
         return encoded, False
@@ -130,6 +135,7 @@ class StreamReader:
             first_row=place.row,
             judged=np.array([row.judged for row in encoded]).reshape(-1, 4) if self.wanted.judged else None,
         )
+        self.wanted.check_weights(rows.all_weights, self.files[place.file])
         data = self.data
         samples = (
             judged_samples(rows, data, self.wanted)

@@ -21,7 +21,7 @@ import numpy as np
 
 from mcore_swift.data.cache import locked, new_folder
 from mcore_swift.data.chat import Rendered, Renderer, RowError
-from mcore_swift.data.judged import Judgement, render_judged
+from mcore_swift.data.judged import Judgement, render_judged, weight_of
 from mcore_swift.data.sources import (
     JUDGED_COLUMNS,
     Layout,
@@ -42,7 +42,7 @@ from mcore_swift.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-VERSION = 1  # of the cache's content: raise it when the same rows would become other tokens
+VERSION = 2  # of the cache's content: raise it when the same rows would become other tokens
 BATCH_ROWS = 1000
 log = logging.getLogger(__name__)
 Encoded = tuple[np.ndarray, np.ndarray]  # tokens int32 [n], loss uint8 [n]: 1 where the token is to be learned
@@ -52,12 +52,13 @@ class EncodedRow(NamedTuple):
     """A row for the cache. Of a judged row: its answers, each behind its prompt, one after the other.
 
     tokens int32 [n], loss uint8 [n]; judged: float64 [4], where the first answer ends, margin, weight, label (NaN for
-    what the row doesn't say); None for plain rows.
+    what the row doesn't say); None for plain rows. weight: a plain row's.
     """
 
     tokens: np.ndarray
     loss: np.ndarray
     judged: np.ndarray | None = None
+    weight: float = 1.0
 
 
 class Reading(NamedTuple):
@@ -65,6 +66,7 @@ class Reading(NamedTuple):
 
     texts: list[Rendered]
     judgement: Judgement | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,15 @@ class TokenizedRows:
     adapter: np.ndarray | None = None  # int64 [rows], the number of each row's adapter
     first_row: int = 0  # the number of row 0 in its file, where the rows are a part of one file
     judged: np.ndarray | None = None
+    weights: np.ndarray | None = None  # float32 [rows], of plain rows; None: all are 1
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    @property
+    def all_weights(self) -> np.ndarray | None:
+        """The rows' weights, plain or judged, NaN where nothing is known; None: no row has one."""
+        return self.weights if self.judged is None else self.judged[:, 2]
 
     def problem(self, row: int, reason: str) -> Problem:
         """A problem with row (0-based, over all files)."""
@@ -118,13 +126,11 @@ class Encoder:
     def read(self, row: Row, layout: Layout) -> Reading:
         """The row's texts. Raises RowError with the reason when the row can't be used."""
         if layout.format not in JUDGED_COLUMNS:
-            return Reading([self.render(row, layout)])
+            return Reading([self.render(row, layout)], weight=_known(weight_of(row)))
         texts, judgement = render_judged(self.render, row, layout)
         if layout.format != "chosen":
             return Reading(texts, judgement)
-        if not math.isnan(judgement.weight) and judgement.weight != 1.0:
-            raise RowError(f"weight is {judgement.weight:g}, but sft weighs all rows alike; leave the column out")
-        return Reading(texts[:1])
+        return Reading(texts[:1], weight=_known(judgement.weight))
 
     def encode(self, readings: list[Reading]) -> list[list[Encoded]]:
         """The tokens of each reading's texts."""
@@ -162,6 +168,10 @@ class Encoder:
         return tokens, loss
 
 
+def _known(weight: float) -> float:
+    return 1.0 if math.isnan(weight) else weight
+
+
 def batched(rows: Iterable[Any], size: int) -> Iterator[list[Any]]:
     iterator = iter(rows)
     while batch := list(islice(iterator, size)):
@@ -189,14 +199,14 @@ def encode_rows(
             if learns_nothing(texts):
                 report(index, "no assistant tokens: nothing in the row counts in the loss")
             else:
-                yield _joined(texts, reading.judgement)
+                yield _joined(texts, reading)
 
 
-def _joined(texts: list[Encoded], judgement: Judgement | None) -> EncodedRow:
-    if judgement is None:
-        return EncodedRow(*texts[0])
+def _joined(texts: list[Encoded], reading: Reading) -> EncodedRow:
+    if reading.judgement is None:
+        return EncodedRow(*texts[0], weight=reading.weight)
     tokens, loss = (np.concatenate(parts) for parts in zip(*texts, strict=True))
-    return EncodedRow(tokens, loss, np.array([len(texts[0][0]), *judgement], dtype=np.float64))
+    return EncodedRow(tokens, loss, np.array([len(texts[0][0]), *reading.judgement], dtype=np.float64))
 
 
 @dataclass
@@ -206,14 +216,16 @@ class _Writer:
     folder: Path
     lengths: list[int] = field(default_factory=list)
     judged: list[np.ndarray] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
 
     def write(self, rows: Iterable[EncodedRow]) -> int:
         before = len(self.lengths)
         with (self.folder / "tokens.i32").open("ab") as tokens_file, (self.folder / "loss.u8").open("ab") as loss_file:
-            for tokens, loss, judged in rows:
+            for tokens, loss, judged, weight in rows:
                 tokens_file.write(tokens.tobytes())
                 loss_file.write(loss.tobytes())
                 self.lengths.append(len(tokens))
+                self.weights.append(weight)
                 if judged is not None:
                     self.judged.append(judged)
         return len(self.lengths) - before
@@ -258,6 +270,8 @@ def _build(files: list[Path], folder: Path, *, encoder: Encoder, format: str) ->
     np.save(folder / "offsets.npy", np.concatenate([[0], np.cumsum(writer.lengths, dtype=np.int64)]))
     if writer.judged:
         np.save(folder / "judged.npy", np.stack(writer.judged))
+    if any(weight != 1.0 for weight in writer.weights):
+        np.save(folder / "weights.npy", np.array(writer.weights, dtype=np.float32))
     (folder / "meta.json").write_text(json.dumps(meta))
     return len(writer.lengths)
 
@@ -308,4 +322,5 @@ def _open(folder: Path, files: list[Path], seconds: float) -> TokenizedRows:
         key=folder.name,
         seconds=seconds,
         judged=np.load(folder / "judged.npy", mmap_mode="r") if (folder / "judged.npy").exists() else None,
+        weights=np.load(folder / "weights.npy", mmap_mode="r") if (folder / "weights.npy").exists() else None,
     )

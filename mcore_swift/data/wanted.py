@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from mcore_swift.errors import InputError
 
 Unit = Literal["labels", "pairs", "answers"]
@@ -40,12 +42,19 @@ class Wanted:
 
     labels: tokens that count, whichever row they are from; pairs: two answers to one prompt; answers: single ones.
     scored: whole texts with what the chat template puts behind an answer, to be scored at their last token.
+    unweighable: why rows can't have weights.
     """
 
     objective: str = "sft"
     unit: Unit = "labels"
     probes: bool = False
     scored: bool = False
+    unweighable: str = ""
+
+    def check_weights(self, weights: np.ndarray | None, source: object) -> None:
+        """Raises InputError for rows' weights other than 1 (NaN: none is known) where they can't be honoured."""
+        if self.unweighable and weights is not None and bool(((weights != 1) & ~np.isnan(weights)).any()):
+            raise InputError(f"{source}: rows have a weight, but {self.unweighable}; leave the column out")
 
     @property
     def judged(self) -> bool:

@@ -37,6 +37,7 @@ from mcore_swift.models.post_norm import add_post_norms
 from mcore_swift.models.router import with_router
 from mcore_swift.models.score_head import ScoreHead
 from mcore_swift.models.sinks import SinkAttention
+from mcore_swift.models.smoothing import label_minus_mean
 from mcore_swift.models.soft_cap import CappedAttention
 from mcore_swift.platform import Platform
 from mcore_swift.weights.rules import TensorRule, is_moe_layer
@@ -168,11 +169,13 @@ class DecoderModel(GPTModel):
     `ahead`: layers of multi-token prediction, trained if the config has them, or else only kept on the last stage.
     `scored`: it has a score in place of its output layer, and gives each position's, negated as log-probabilities are.
     `tensor_rules`: what its tensors are made of under Hugging Face names.
+    `label_smoothing`: share of a label's probability that is given to the whole vocabulary alike.
     """
 
     config: DecoderConfig
     true_vocab_size: int
     tensor_rules: Mapping[str, TensorRule]
+    label_smoothing: float = 0.0
 
     def __init__(
         self,
@@ -256,5 +259,9 @@ class DecoderModel(GPTModel):
         return _MaskPadding.apply(logits, max(first, 0)) if first < width else logits  # type: ignore[return-value]
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """labels [b, s], logits [s, b, vocabulary / tp] → −log p of the labels, float32 [b, s]."""
-        return super().compute_language_model_loss(labels, self.mask_padding(logits))
+        """labels [b, s], logits [s, b, vocabulary / tp] → −log p of the labels, smoothed if asked, float32 [b, s]."""
+        if not self.label_smoothing:
+            return super().compute_language_model_loss(labels, self.mask_padding(logits))
+        group = self.pg_collection.tp
+        added = label_minus_mean(logits, labels, vocab_size=self.true_vocab_size, group=group)
+        return super().compute_language_model_loss(labels, self.mask_padding(logits)) + self.label_smoothing * added

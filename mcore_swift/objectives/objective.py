@@ -35,13 +35,15 @@ class Loss:
     `total` (float32 scalar) is the sum to minimize, `count` (int32 scalar) what it is divided by, after both are summed
     over the global batch: so the number depends neither on the layout nor on the micro-batch size. `metrics` are means
     of other things, for display, each with a count of its own; `extremes` are float32 scalars whose names end with what
-    they are over the global batch, `_min` or `_max`: infinite where a micro-batch has none.
+    they are over the global batch, `_min` or `_max`: infinite where a micro-batch has none. `tally` (float32 scalar):
+    what a mean over several global batches weighs each with, if that isn't `count`.
     """
 
     total: Tensor
     count: Tensor
     metrics: dict[str, Mean]
     extremes: dict[str, Tensor] = field(default_factory=dict)
+    tally: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,13 @@ class Objective:
 def sizes(batch: MicroBatch) -> dict[str, float]:
     """What a whole micro-batch holds: labels, and of the answers that aren't probes their number and labels, by kind.
 
-    Pairs: chosen_labels are those of the preferred answers. Otherwise desirable and undesirable are numbers of answers.
+    Without answers: labels, and the sum of their weights. Pairs: chosen_labels are those of the preferred answers.
+    Otherwise desirable and undesirable are numbers of answers.
     """
     found = {"labels": float(batch.loss_mask.count_nonzero())}
     sequences = batch.sequences
     if sequences is None:
-        return found
+        return found | {"weight": float(batch.loss_mask.double().sum())}
     if sequences.desirable is None:
         chosen = (sequences.index >= 0) & (sequences.index % 2 == 0)
         return found | {"pairs": sequences.n / 2, "chosen_labels": float((batch.loss_mask * chosen).count_nonzero())}

@@ -10,7 +10,7 @@ from mcore_swift.recipe_checks.table import Row
 COMPARES = ("reference", "reference_path")
 # What each objective reads. A key that isn't here has to keep its default: it would do nothing.
 READS: dict[str, tuple[str, ...]] = {
-    "sft": ("dft",),
+    "sft": ("dft", "label_smoothing"),
     "dpo": (
         *("loss", "losses", "beta", "label_smoothing", "sft_weight", "f_divergence", "f_alpha", "ld_alpha"),
         *("discopop_tau", *COMPARES),
@@ -138,6 +138,15 @@ OBJECTIVE: list[Row[Recipe]] = [
         ),
         "exo_pair divides by it",
         "set it; its paper advises 1.0e-3",
+    ),
+    Row(
+        "objective.label_smoothing",
+        "more than 0, with objective.dft: true or model.mtp_loss_scale",
+        lambda r: (
+            r.objective.label_smoothing and r.objective.name == "sft" and (r.objective.dft or r.model.mtp_loss_scale)
+        ),
+        "dft weighs tokens by probabilities that nobody smoothed, and multi-token prediction has no smoothed loss",
+        "leave one of them out",
     ),
     Row(
         "objective.f_divergence",

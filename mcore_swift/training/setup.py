@@ -72,6 +72,9 @@ def build(recipe: Recipe, source: ModelSource, plan: ParallelPlan, platform: Pla
     config = model_config(recipe, source, plan, platform, overlap=overlap)
     levers.start_user_buffers(recipe, config)
     chunks = build_chunks(source, config, plan, platform, lean=recipe.adapter.quantization != "none")
+    if recipe.objective.name == "sft":
+        for chunk in chunks:
+            chunk.label_smoothing = recipe.objective.label_smoothing
     rules = tensor_rules(source, config)
     base = adapters.quantized_base(recipe, chunks, rules)
     entries = load_weights(recipe, source, chunks, rules, base)

@@ -222,6 +222,11 @@ def prepared(
     return mine if reference is None else reference(mine)
 
 
+def _needs_totals(objective: Objective, batches: Sequence[MicroBatch]) -> bool:
+    """The same on all ranks."""
+    return objective.unit != "labels" or batches[0].weighted
+
+
 def train_step(
     models: Sequence[Any],
     optimizer: MegatronOptimizer,
@@ -239,7 +244,8 @@ def train_step(
     optimizer.zero_grad()
     config = models[0].config
     totals: dict[str, Tensor] = {}
-    if objective.unit != "labels" or balance.has_losses(config):  # first: a GPU's host would wait for the reference
+    if _needs_totals(objective, batches) or balance.has_losses(config):
+        # First: a GPU's host would wait for the reference.
         totals = global_sizes(objective, batches, device)
     mine = prepared(models, objective, reference, batches, device)
     if objective.divergence:
@@ -262,7 +268,7 @@ def eval_step(
     reference: Reference | None = None,
 ) -> StepResult:
     """The loss of these micro-batches; nothing is changed."""
-    totals = global_sizes(objective, batches, device) if objective.unit != "labels" else {}
+    totals = global_sizes(objective, batches, device) if _needs_totals(objective, batches) else {}
     mine = prepared(models, objective, reference, batches, device)
     if objective.divergence:
         totals["kl"] = divergence(models, mine, totals)

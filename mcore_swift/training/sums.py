@@ -32,7 +32,7 @@ class StepResult:
     sum_squared_lengths: float  # Σ document length², for attention FLOPs
     grad_norm: float = 0.0
     skipped: bool = False
-    tally: float = 0.0  # what the loss was divided by
+    tally: float = 0.0  # what the loss is a mean over
     counts: dict[str, float] = field(default_factory=dict)  # the same of each of the objective's metrics
     bad_rows: tuple[int, ...] = ()  # rows of the answers whose loss is not finite
 
@@ -64,8 +64,8 @@ def summarize(sums: list[dict[str, Tensor]], batches: Sequence[MicroBatch], devi
         dist.broadcast(values, group=group, group_src=last)
     *found, labels, positions, squared = values.tolist()
     totals = dict(zip(names, found, strict=True))
-    tally = totals.pop("count")
-    loss = totals.pop("loss") / max(tally, 1.0)
+    count = totals.pop("count")
+    loss, tally = totals.pop("loss") / max(count, 1.0), totals.pop("tally", count)
     counts = {name.removesuffix(":count"): n for name, n in totals.items() if name.endswith(":count")}
     return StepResult(
         loss=loss,

@@ -51,6 +51,15 @@ def make_run_dir(folder: Path) -> None:
         raise InputError(f"checkpoint.dir: {folder} can't be written: {error.strerror}") from error
 
 
+def _unweighable(recipe: Recipe) -> str:
+    """Why rows of this run's data can't have weights; "" where they can."""
+    if recipe.model.mtp_loss_scale:
+        return "the loss of multi-token prediction (model.mtp_loss_scale) has none"
+    if recipe.objective.name == "distill":
+        return "distillation weighs all rows alike (objective.name)"
+    return ""
+
+
 class Trainer:
     """One run on this rank: builds everything, then `run` trains to the end, or to the agreed stop."""
 
@@ -99,7 +108,11 @@ class Trainer:
         )
         objective = self.objective
         wanted = Wanted(
-            recipe.objective.name, unit=objective.unit, probes=objective.divergence, scored=objective.scored
+            recipe.objective.name,
+            unit=objective.unit,
+            probes=objective.divergence,
+            scored=objective.scored,
+            unweighable=_unweighable(recipe),
         )
         return build_loaders(
             recipe.data,

@@ -51,7 +51,7 @@ def encoded(tokenizer: Any, row: dict[str, Any], format: str = "preference") -> 
     layout = find_layout(row, format=format, file=Path("rows.jsonl"))
     rows = list(encode_rows([row], layout, Encoder(tokenizer), report=lambda _, reason: problems.append(reason)))
     assert not problems, problems
-    [(tokens, loss, judged)] = rows
+    [(tokens, loss, judged, _)] = rows
     assert judged is not None
     parts = [slice(0, int(judged[0])), slice(int(judged[0]), None)]
     texts = [(tokenizer.decode(tokens[p]), tokenizer.decode(tokens[p][loss[p] == 1])) for p in parts if len(tokens[p])]
@@ -220,18 +220,21 @@ def test_columns_that_are_missing(jsonl: Callable[..., Path]):
         find_layout(["prompt", "chosen"], format="preference", file=Path("rows.jsonl"))
 
 
-def test_sft_takes_no_weights(tokenizer: Any):
-    row = PAIRS["trl-chat"] | {"weight": 2.0}
-    layout = find_layout(row, format="chosen", file=Path("rows.jsonl"))
-    with pytest.raises(RowError, match="weight is 2, but sft weighs all rows alike"):
-        Encoder(tokenizer).read(row, layout)
-    Encoder(tokenizer).read(row | {"weight": None}, layout)
+@pytest.mark.parametrize("format", ["chosen", "messages"])
+def test_plain_rows_have_weights(tokenizer: Any, format: str):
+    row = PAIRS["trl-chat"] if format == "chosen" else {"messages": [*TALK, GOOD]}
+    layout = find_layout(row, format=format, file=Path("rows.jsonl"))
+    encoder = Encoder(tokenizer)
+    assert [encoder.read(row | {"weight": w}, layout).weight for w in (2.5, 0, None)] == [2.5, 0.0, 1.0]
+    assert encoder.read(row, layout).weight == 1.0
+    with pytest.raises(RowError, match="weight is -1; it must be a finite number of at least 0"):
+        encoder.read(row | {"weight": -1}, layout)
 
 
 def test_only_chosen_answers(tokenizer: Any):
     """data.format: chosen gives plain rows, for sft."""
     row = PAIRS["trl-chat"]
     layout = find_layout(row, format="chosen", file=Path("rows.jsonl"))
-    [(tokens, loss, judged)] = encode_rows([row], layout, Encoder(tokenizer), report=lambda *_: None)
+    [(tokens, loss, judged, _)] = encode_rows([row], layout, Encoder(tokenizer), report=lambda *_: None)
     assert judged is None and tokenizer.decode(tokens) == tokenizer.apply_chat_template([*TALK, GOOD], tokenize=False)
     assert tokenizer.decode(np.array(tokens)[loss == 1]) == "Four.<|im_end|>"

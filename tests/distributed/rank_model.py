@@ -58,12 +58,17 @@ def documents(vocab_size: int) -> list[Document]:
     return found
 
 
-def micro_batches(recipe: Recipe, vocab_size: int, place: parallel.Ranks, *, adapters: int = 0) -> list[MicroBatch]:
+def micro_batches(
+    recipe: Recipe, vocab_size: int, place: parallel.Ranks, *, adapters: int = 0, weights: Sequence[float] = ()
+) -> list[MicroBatch]:
     """This rank's micro-batches of the one global batch that all tests use.
 
-    With `adapters`, document i is routed to adapter i % adapters.
+    With `adapters`, document i is routed to adapter i % adapters; with `weights`, it has weight i % their number.
     """
     texts = documents(vocab_size)
+    if weights:
+        weighed = [np.float32(weights[i % len(weights)]) for i in range(len(texts))]
+        texts = [(tokens, loss * weight) for (tokens, loss), weight in zip(texts, weighed, strict=True)]
     samples = [texts[i : i + 2] for i in range(0, len(texts), 2)] if recipe.data.packing else [[t] for t in texts]
     numbers = iter(range(len(texts)))
     routes = [[next(numbers) % max(adapters, 1) for _ in sample] for sample in samples]
@@ -75,7 +80,7 @@ def micro_batches(recipe: Recipe, vocab_size: int, place: parallel.Ranks, *, ada
         dp_size=place.dp_size,
         pad_multiple=parallel.resolve(recipe.parallel, world_size=None).length_multiple,
     )
-    return [
+    found = [
         collate(
             [samples[slot] for slot in slots],
             packing=recipe.data.packing,
@@ -85,6 +90,7 @@ def micro_batches(recipe: Recipe, vocab_size: int, place: parallel.Ranks, *, ada
         )
         for slots in shape.slots()
     ]
+    return [replace(batch, weighted=bool(weights)) for batch in found]
 
 
 def recipe_for(

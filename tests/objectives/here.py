@@ -15,9 +15,18 @@ from mcore_swift.data.batch import MicroBatch
 from mcore_swift.recipe import AdapterSection, MoeSection, ObjectiveSection, ParallelSection, Recipe
 from tests.distributed import rank_model
 from tests.distributed.harness import prepared, run_ranks
-from tests.distributed.rank_model import CPU, gather_gradient_shards, hf_copies, merge, open_model, recipe_for
+from tests.distributed.rank_model import (
+    CPU,
+    SEQUENCE_LENGTH,
+    gather_gradient_shards,
+    hf_copies,
+    merge,
+    open_model,
+    recipe_for,
+)
 from tests.objectives import rows
 
+SFT_WEIGHTS = (1.0, 2.5, 0.3, 0.0, 1.0)  # of documents in turn
 Copies = Callable[[Any], dict[str, torch.Tensor]]
 
 
@@ -80,6 +89,8 @@ def _rank(recipe: Recipe, cases: dict[str, ObjectiveSection], margins: bool) -> 
             gradients.update(copies(recipe, model))
             return True, 0.0, None
 
+        for chunk in model.chunks:
+            chunk.label_smoothing = section.label_smoothing if section.name == "sft" else 0.0
         model.optimizer.step = look
         work = (batches, build_objective(section), CPU, references[key])
         taken = step.train_step(model.models, model.optimizer, *work)
@@ -91,6 +102,9 @@ def _rank(recipe: Recipe, cases: dict[str, ObjectiveSection], margins: bool) -> 
 
 def micro_batches(recipe: Recipe, vocab_size: int, *, margins: bool = False) -> list[MicroBatch]:
     place = parallel.ranks()
+    if recipe.objective.name == "sft":
+        shorter = replace(recipe, data=replace(recipe.data, sequence_length=SEQUENCE_LENGTH))
+        return rank_model.micro_batches(shorter, vocab_size, place, weights=SFT_WEIGHTS)
     if recipe.objective.name == "rm":
         return rows.scored(recipe, vocab_size, place, margins=margins)
     if recipe.objective.name == "distill":

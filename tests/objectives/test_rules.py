@@ -49,10 +49,12 @@ ALLOWED: list[tuple[dict[str, Any], AdapterSection | None]] = [
     ({"name": "kto", "loss": "apo_zero_unpaired"}, LORA),
     ({"name": "cpo", "loss": "hinge"}, None),
     ({"name": "sft", "dft": True}, None),
+    ({"name": "sft", "label_smoothing": 0.1}, None),
     ({"name": "rm", "centering": 0.01}, LORA),
 ]
 REFUSED: list[tuple[dict[str, Any], AdapterSection | None, str]] = [
-    ({"name": "sft", "beta": 0.1}, None, "sft reads dft only"),
+    ({"name": "sft", "beta": 0.1}, None, "sft reads dft, label_smoothing only"),
+    ({"name": "sft", "dft": True, "label_smoothing": 0.1}, None, "probabilities that nobody smoothed"),
     ({"name": "simpo", "loss": "hinge"}, None, "simpo reads beta, gamma"),
     ({"name": "orpo", "reference": "model"}, None, "orpo reads beta only"),
     ({"name": "rm", "beta": 0.1}, None, "rm reads centering only"),
@@ -192,6 +194,9 @@ OTHER: dict[str, list[dict[str, Any]]] = {
 NEEDED: dict[str, dict[str, Any]] = {"distill": {"teacher": "folder"}}
 
 
+IN_THE_MODEL = {("sft", "label_smoothing")}  # where the logits are: test_sft.py
+
+
 @pytest.mark.parametrize("name", READS)
 def test_every_option_changes_the_loss(name: str) -> None:
     cases: list[dict[str, Any]] = [{}]
@@ -201,7 +206,7 @@ def test_every_option_changes_the_loss(name: str) -> None:
             cases += [{"loss": loss, **smooth.get(loss, {})} for loss in LOSSES[name][1:]]
         elif key == "beta" and name == "distill":
             cases += [{"loss": "js", "beta": 0.7}]
-        elif key not in (*COMPARES, "teacher"):
+        elif key not in (*COMPARES, "teacher") and (name, key) not in IN_THE_MODEL:
             cases += OTHER[key]
     sections = [ObjectiveSection(name=name, **NEEDED.get(name, {}), **case) for case in cases]  # type: ignore[arg-type]
     for section in sections:
