@@ -38,6 +38,8 @@ LossName = Literal[
     "apo_zero",
     "apo_down",
     "discopop",
+    "aot",
+    "aot_unpaired",
     "kto",
     "apo_zero_unpaired",
     "forward_kl",

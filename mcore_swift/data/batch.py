@@ -22,6 +22,7 @@ class Sequences:
     weight: float32 [n], an answer's weight in the loss; None: 1.
     row: int64 [n], the answer's row in its data set, to name it in messages (the loader's `row_name`).
     ref_logps: float32 [n], Σ log p of the answer's labels under the reference, computed beforehand; None: it wasn't.
+    partners: float32 [n], what sorted losses compare a pair with (`training.matching`); None: nothing is sorted.
     """
 
     index: torch.Tensor
@@ -31,6 +32,7 @@ class Sequences:
     margin: torch.Tensor | None = None
     weight: torch.Tensor | None = None
     ref_logps: torch.Tensor | None = None
+    partners: torch.Tensor | None = None
 
     @property
     def n(self) -> int:

@@ -33,6 +33,8 @@ class Pair(NamedTuple):
     r: Tensor
     d: Tensor
     norm: Tensor  # d with each answer's score divided by its number of labels
+    x: Tensor  # log π(y_w|x) − log π(y_l|x)
+    partners: Sides  # what sorted losses compare with, constants
     b: float
     e: float
     tau: float
@@ -45,6 +47,18 @@ def _exo(p: Pair) -> Tensor:
     return better + (-z).sigmoid() * (logsigmoid(-z) - math.log(p.e))
 
 
+def _smoothed(z: Tensor, e: float) -> Tensor:
+    return -(1 - e) * logsigmoid(z) - e * logsigmoid(-z)
+
+
+def _aot_unpaired(p: Pair) -> Tensor:
+    """Melnyk et al. 2024, arXiv:2406.05882, unpaired: sorted c minus sorted r. The term of c_i and its partner counts;
+    that of r_i and its own is another pair's value, and is here for its gradient only."""
+    counted = _smoothed(p.b * (p.c - p.partners.chosen), p.e)
+    other = _smoothed(p.b * (p.partners.rejected - p.r), p.e)
+    return counted + other - other.detach()
+
+
 def _discopop(p: Pair) -> Tensor:
     """Lu et al. 2024, arXiv:2406.08414, equation 5."""
     z = p.b * p.d
@@ -54,7 +68,7 @@ def _discopop(p: Pair) -> Tensor:
 
 LOSSES: dict[str, Callable[[Pair], Tensor]] = {
     # With e > 0 it is cDPO (Mitchell 2023, "A note on DPO with noisy preferences").
-    "sigmoid": lambda p: -(1 - p.e) * logsigmoid(p.b * p.d) - p.e * logsigmoid(-p.b * p.d),
+    "sigmoid": lambda p: _smoothed(p.b * p.d, p.e),
     "sigmoid_norm": lambda p: -logsigmoid(p.b * p.norm),
     # Zhao et al. 2023, arXiv:2305.10425.
     "hinge": lambda p: (1 - p.b * p.d).relu(),
@@ -73,6 +87,9 @@ LOSSES: dict[str, Callable[[Pair], Tensor]] = {
     "apo_zero": lambda p: (-p.b * p.c).sigmoid() + (p.b * p.r).sigmoid(),
     "apo_down": lambda p: (p.b * p.c).sigmoid() + (-p.b * (p.c - p.r)).sigmoid(),
     "discopop": _discopop,
+    # Melnyk et al., paired: sorted x minus the reference's, sorted.
+    "aot": lambda p: _smoothed(p.b * (p.x - p.partners.chosen), p.e),
+    "aot_unpaired": _aot_unpaired,
 }
 
 
@@ -100,6 +117,8 @@ def dpo(scores: Scores, options: ObjectiveSection) -> Loss:
         r=both.rejected,
         d=sides(found).difference,
         norm=sides(found / answers.lengths.clamp(min=1)).difference,
+        x=sides(answers.logps).difference,
+        partners=sides(torch.zeros_like(found) if answers.of.partners is None else answers.of.partners),
         b=options.beta,
         e=options.label_smoothing,
         tau=options.discopop_tau,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mcore_swift.data.wanted import Unit
 from mcore_swift.recipe import ObjectiveSection
@@ -98,6 +98,7 @@ class Objective:
     weigh: called on whole micro-batches, to weigh their labels by changing the loss mask.
     reference: whether it compares the policy with another one. divergence: whether it reads `totals["kl"]`.
     scored: the model gives answers scores instead of log-probabilities.
+    matching: how it sorts the global batch's pairs: as pairs, as single answers, or not at all.
     """
 
     loss: Callable[[Scores, ObjectiveSection], Loss]
@@ -105,6 +106,7 @@ class Objective:
     reference: bool = False
     divergence: bool = False
     scored: bool = False
+    matching: Literal["pairs", "answers"] | None = None
     weigh: Callable[[MicroBatch, ObjectiveSection], MicroBatch] | None = None
     options: ObjectiveSection = field(default_factory=ObjectiveSection)
 

@@ -24,18 +24,20 @@ READS: dict[str, tuple[str, ...]] = {
 }
 # Whose model has a score in place of the output layer.
 SCORED = ("rm",)
+# Losses that compare what has the same rank among all pairs of the global batch.
+SORTED = ("aot", "aot_unpaired")
 # The losses of each; the first is the default.
 LOSSES: dict[str, tuple[str, ...]] = {
     "dpo": (
         *("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "bco_pair", "sppo_hard"),
-        *("apo_zero", "apo_down", "discopop"),
+        *("apo_zero", "apo_down", "discopop", *SORTED),
     ),
     "kto": ("kto", "apo_zero_unpaired"),
     "cpo": ("sigmoid", "hinge", "ipo"),
     "distill": ("forward_kl", "reverse_kl", "js"),
 }
 # Losses that read a further key, where not all do.
-SMOOTHED = ("sigmoid", "robust", "exo_pair")
+SMOOTHED = ("sigmoid", "robust", "exo_pair", *SORTED)
 OF_A_DIFFERENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "robust", "exo_pair", "discopop")
 DEFAULTS: dict[str, dict[str, float]] = {
     "dpo": {"beta": 0.1, "sft_weight": 0.0},
@@ -154,6 +156,13 @@ OBJECTIVE: list[Row[Recipe]] = [
         lambda r: r.objective.f_divergence != "reverse_kl" and set(losses_of(r.objective)) - set(OF_A_DIFFERENCE),
         "{r.objective.f_divergence} has no meaning for this loss, which isn't one of a difference of scores",
         f"leave it out, or choose of {', '.join(OF_A_DIFFERENCE)}",
+    ),
+    Row(
+        "objective.losses",
+        "both aot and aot_unpaired",
+        lambda r: set(SORTED) <= set(r.objective.losses),
+        "they sort pairs in two ways",
+        "choose one of the two",
     ),
     Row(
         "objective.f_alpha",

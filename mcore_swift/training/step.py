@@ -20,6 +20,7 @@ from mcore_swift import parallel
 from mcore_swift.data.batch import MicroBatch
 from mcore_swift.objectives.objective import Answers, Distances, Objective, Scores
 from mcore_swift.training import balance, context
+from mcore_swift.training.matching import with_partners
 from mcore_swift.training.sums import StepResult, global_sizes, summarize
 
 if TYPE_CHECKING:
@@ -215,11 +216,15 @@ def prepared(
     batches: Sequence[MicroBatch],
     device: torch.device,
 ) -> list[MicroBatch]:
-    """This rank's parts of a step's micro-batches, with what the objective needs to know of the reference."""
+    """This rank's parts of a step's micro-batches, with what the objective needs to know of the reference, and of the
+    global batch's other answers."""
     if objective.weigh is not None:
         batches = [objective.weigh(batch, objective.options) for batch in batches]
     mine = parts(batches, device, models)
-    return mine if reference is None else reference(mine)
+    mine = mine if reference is None else reference(mine)
+    if objective.matching is not None:
+        mine = with_partners(mine, answer_logps(models, mine), paired=objective.matching == "pairs")
+    return mine
 
 
 def _needs_totals(objective: Objective, batches: Sequence[MicroBatch]) -> bool:

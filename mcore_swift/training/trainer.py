@@ -20,6 +20,7 @@ from mcore_swift.errors import InputError, StopRequested
 from mcore_swift.flops import peak_flops, training_flops
 from mcore_swift.models.build import ModelSource
 from mcore_swift.models.stages import describe
+from mcore_swift.objectives.objective import Objective
 from mcore_swift.objectives.registry import build_objective
 from mcore_swift.parallel import ParallelPlan
 from mcore_swift.platform import Platform
@@ -51,12 +52,14 @@ def make_run_dir(folder: Path) -> None:
         raise InputError(f"checkpoint.dir: {folder} can't be written: {error.strerror}") from error
 
 
-def _unweighable(recipe: Recipe) -> str:
+def unweighable(recipe: Recipe, objective: Objective) -> str:
     """Why rows of this run's data can't have weights; "" where they can."""
     if recipe.model.mtp_loss_scale:
         return "the loss of multi-token prediction (model.mtp_loss_scale) has none"
     if recipe.objective.name == "distill":
         return "distillation weighs all rows alike (objective.name)"
+    if objective.matching is not None:
+        return "a pair has no loss of its own where the batch's pairs are sorted (objective.loss)"
     return ""
 
 
@@ -112,7 +115,7 @@ class Trainer:
             unit=objective.unit,
             probes=objective.divergence,
             scored=objective.scored,
-            unweighable=_unweighable(recipe),
+            unweighable=unweighable(recipe, objective),
         )
         return build_loaders(
             recipe.data,

@@ -136,10 +136,17 @@ def test_answers_keep_their_labels_in_padding_and_parts() -> None:
     } == {-1}
 
 
+def test_a_part_of_weighted_labels_is_weighted() -> None:
+    batch = replace(with_answers([4, 7, 2]), weighted=True)
+    longer = lengthen(pad_documents(batch, 4), 24)
+    assert longer.weighted and part_of(longer, size=2, rank=1).weighted and longer.to(torch.device("meta")).weighted
+
+
 def test_answers_move_with_their_batch() -> None:
     whole = with_answers([4]).sequences
     assert whole is not None
-    full = replace(whole, ref_logps=torch.ones(1), weight=torch.ones(1), probe=torch.ones(1, dtype=torch.bool))
+    numbers = {name: torch.ones(1) for name in ("ref_logps", "weight", "partners")}
+    full = replace(whole, **numbers, probe=torch.ones(1, dtype=torch.bool))
     moved = full.to(torch.device("meta"))
     assert all(value is None or value.device.type == "meta" for value in vars(moved).values())
     assert {name for name, value in vars(moved).items() if value is None} == {"desirable", "margin"}

@@ -31,6 +31,8 @@ DPO: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"loss_type": ["exo_pair"], "label_smoothing": 1e-3},
     ),
     "robust": ({"loss": "robust", "label_smoothing": 0.1}, {"loss_type": ["robust"], "label_smoothing": 0.1}),
+    "aot": ({"loss": "aot", "label_smoothing": 0.1}, {"loss_type": ["aot"], "label_smoothing": 0.1}),
+    "aot_unpaired": ({"loss": "aot_unpaired"}, {"loss_type": ["aot_unpaired"]}),
     "forward_kl": ({"f_divergence": "forward_kl"}, {"f_divergence_type": "forward_kl"}),
     "js": ({"f_divergence": "js"}, {"f_divergence_type": "js_divergence"}),
     "alpha": ({"f_divergence": "alpha"}, {"f_divergence_type": "alpha_divergence"}),

@@ -32,6 +32,7 @@ CASES = {
     "dpo": ObjectiveSection(name="dpo"),
     "dpo-ipo": ObjectiveSection(name="dpo", loss="ipo"),
     "dpo-ld-sft": ObjectiveSection(name="dpo", ld_alpha=0.3, sft_weight=0.5),
+    "dpo-aot": ObjectiveSection(name="dpo", loss="aot_unpaired"),
     "kto": ObjectiveSection(name="kto", desirable_weight=1.3),
     "simpo": ObjectiveSection(name="simpo"),
     "cpo": ObjectiveSection(name="cpo"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, replace
 from typing import Any, get_args, get_type_hints
 
+import numpy as np
 import pytest
 import torch
 
 from mcore_swift.data.batch import MicroBatch, Sequences
+from mcore_swift.data.wanted import Wanted
 from mcore_swift.errors import InputError
 from mcore_swift.objectives.divergence import Comparison, Head, Shard
 from mcore_swift.objectives.objective import Answers, Distances, Scores, sizes
@@ -27,6 +30,7 @@ from mcore_swift.recipe import (
 from mcore_swift.recipe_checks import check_recipe
 from mcore_swift.recipe_checks.objective import COMPARES, LOSSES, OBJECTIVE, READS
 from mcore_swift.recipe_checks.table import explained, refuse
+from mcore_swift.training.trainer import unweighable
 from tests.distributed.harness import in_fork
 
 LORA = AdapterSection(name="lora")
@@ -72,6 +76,8 @@ REFUSED: list[tuple[dict[str, Any], AdapterSection | None, str]] = [
     ({"name": "cpo", "loss": "ipo", "label_smoothing": 0.1}, None, "the loss doesn't read it"),
     ({"name": "dpo", "loss": "exo_pair"}, None, "exo_pair divides by it"),
     ({"name": "dpo", "loss": "apo_zero", "f_divergence": "js"}, None, "js has no meaning for this loss"),
+    ({"name": "dpo", "losses": {"aot": 1.0, "aot_unpaired": 1.0}}, None, "they sort pairs in two ways"),
+    ({"name": "dpo", "loss": "aot", "f_divergence": "js"}, None, "js has no meaning for this loss"),
     ({"name": "dpo", "f_alpha": 0.7}, None, "only objective.f_divergence: alpha reads it"),
     ({"name": "dpo", "discopop_tau": 0.7}, None, "only objective.loss: discopop reads it"),
     ({"name": "dpo", "ld_alpha": 1.5}, None, "between 0 and 1"),
@@ -105,6 +111,33 @@ def test_multi_token_prediction_belongs_to_sft() -> None:
         check_recipe(recipe(ObjectiveSection(name="orpo"), mtp_loss_scale=0.1))
 
 
+def test_nothing_is_precomputed_for_a_stream() -> None:
+    plain = recipe(ObjectiveSection(name="dpo", reference="precomputed"))
+    with pytest.raises(InputError, match="streamed rows are not known beforehand"):
+        check_recipe(replace(plain, data=replace(plain.data, streaming=True)))
+
+
+@pytest.mark.parametrize(
+    ("section", "more", "reason"),
+    [
+        ({"name": "sft"}, {}, ""),
+        ({"name": "sft"}, {"mtp_loss_scale": 0.1}, "multi-token prediction"),
+        ({"name": "distill", "teacher": "folder"}, {}, "distillation weighs all rows alike"),
+        ({"name": "dpo"}, {}, ""),
+        ({"name": "dpo", "losses": {"sigmoid": 1.0, "aot": 1.0}}, {}, "pairs are sorted"),
+    ],
+)
+def test_weights_that_a_loss_has_no_place_for(section: dict[str, Any], more: dict[str, Any], reason: str) -> None:
+    options = ObjectiveSection(**section)
+    wanted = Wanted(unweighable=unweighable(recipe(options, **more), build_objective(options)))
+    wanted.check_weights(None, "rows.jsonl")
+    wanted.check_weights(np.array([1.0, math.nan]), "rows.jsonl")
+    if not reason:
+        return wanted.check_weights(np.array([1.0, 2.0]), "rows.jsonl")
+    with pytest.raises(InputError, match=f"rows.jsonl: rows have a weight, but .*{reason}"):
+        wanted.check_weights(np.array([1.0, 2.0]), "rows.jsonl")
+
+
 def test_several_adapters_belong_to_sft() -> None:
     several = AdapterSection(name="lora", several={"math": NamedAdapter(), "code": NamedAdapter()})
     with pytest.raises(InputError, match="don't say which adapter"):
@@ -135,6 +168,7 @@ def batch_of(name: str) -> MicroBatch:
         desirable=judged,
         probe=probe,
         ref_logps=torch.tensor([-2.5, -4.5, -2.0, -3.0]),
+        partners=torch.tensor([0.2, -0.4, 0.5, 0.3]),
     )
     zeros = torch.zeros_like(index)
     return MicroBatch(zeros, zeros, mask, zeros, sequences=sequences)
