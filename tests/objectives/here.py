@@ -55,7 +55,8 @@ def compute(
     `margins`: pairs that are scored have them.
     """
     recipe = recipe_for(folder, layout, packing=packing, micro_batch_size=1, adapter=adapter, moe=moe)
-    recipe = replace(recipe, data=replace(recipe.data, sequence_length=rows.PACK_LENGTH))
+    first = next(iter(cases.values()))  # decides whether the model has a score
+    recipe = replace(recipe, data=replace(recipe.data, sequence_length=rows.PACK_LENGTH), objective=first)
     world_size = parallel.resolve(layout, world_size=None).world_size
     ranks = run_ranks(_rank, world_size, recipe, dict(cases), margins, timeout=300)
     for other in ranks[1:]:

@@ -12,17 +12,21 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from mcore_swift.recipe import ObjectiveSection, ParallelSection, Recipe
+from mcore_swift.cli import main
+from mcore_swift.models.stages import pipeline_layout
+from mcore_swift.parallel import resolve
+from mcore_swift.recipe import AdapterSection, ObjectiveSection, ParallelSection, Recipe
 from tests.data_pipeline.conftest import tokenizer_folder  # noqa: F401  (fixtures)
-from tests.distributed.harness import run_ranks
+from tests.distributed.harness import prepared, run_ranks
 from tests.distributed.rank_model import hf_copies, merge, open_model, recipe_for
 from tests.objectives import trl_oracle
 from tests.objectives.here import Found, compute
 from tests.objectives.test_against_trl import assert_as_trl
 from tests.objectives.test_layouts import EXPERTS, FORMS, LAYOUTS, LEFT_OUT, assert_same
 from tests.objectives.test_runs import LORA, write
+from tests.peft.test_lora import ALL, peft_folder
 from tests.test_bad_runs import good_model, place, train  # noqa: F401  (fixtures)
 
 ONE = ParallelSection()
@@ -231,3 +235,84 @@ def test_a_reward_model_goes_on_as_one_only(place: Path) -> None:  # noqa: F811
     assert code == 2 and "Qwen2ForSequenceClassification, which gives a text a score" in errors, errors
     evaluated = run(place, "--checkpoint.resume", "never", "--checkpoint.overwrite", "true")[0]
     assert evaluated["reward_chosen"] != 0
+
+
+@pytest.mark.nightly
+def test_from_a_megatron_checkpoint_of_a_language_model(place: Path) -> None:  # noqa: F811
+    """Its output layer is left out; the score begins with the same numbers."""
+    from ckpt_tools.convert import convert
+
+    first = run(place)[0]
+    convert(place / "model", place / "megatron")
+    keys = ("--checkpoint.resume", "never", "--checkpoint.overwrite", "true", "--model.path", str(place / "megatron"))
+    assert run(place, *keys)[0]["loss"] == first["loss"]
+
+
+# --- adapters, conversion, planning -----------------------------------------------------------------------------------
+
+
+def with_score(model: Path) -> AdapterSection:
+    """LoRA with a score, as PEFT's folder has them."""
+    folder = model.parent / "adapter-scored"
+    if not folder.exists():
+        shutil.copytree(peft_folder(model, model.parent / "adapter-plain", "lora", ALL), folder)
+        weights = load_file(folder / "adapter_model.safetensors")
+        weights["base_model.model.score.weight"] = load_file(scored(model) / "model.safetensors")["score.weight"]
+        save_file(weights, folder / "adapter_model.safetensors")
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["score"]}))
+    return AdapterSection(name="lora", path=str(folder))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("layout", ["TP2", "TP2+SP", "PP2xVPP2", "CP2", "DP2", "TP2xPP2"])
+def test_adapters_at_a_layout(models: Any, layout: str) -> None:
+    """The gradients of A and B, and of the score."""
+    model = models("qwen3")
+    one, found = (
+        compute(model, section, {"rm": SECTIONS["centering"]}, adapter=with_score(model), margins=True)
+        for section in (ONE, LAYOUTS[layout])
+    )
+    assert "score.weight" in one["rm"].gradients
+    assert_same(found, one)
+
+
+@pytest.mark.nightly
+def test_there_and_back(models: Any, tmp_path: Path) -> None:
+    from ckpt_tools.convert import convert
+
+    folder = scored(models("qwen3-moe"))
+    convert(folder, tmp_path / "megatron")
+    convert(tmp_path / "megatron", tmp_path / "back")
+    before, after = (load_file(each / "model.safetensors") for each in (folder, tmp_path / "back"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert main(["verify", str(folder), str(tmp_path / "megatron")]) == 0
+
+
+RECIPES = Path(__file__).parents[2] / "launch" / "recipes"
+
+
+def test_the_plan_counts_the_score(capsys: pytest.CaptureFixture[str]) -> None:
+    """Qwen2.5-7B's is one row in place of 152,064, and is trained beside the adapters."""
+
+    def plan(name: str) -> dict[str, Any]:
+        assert main(["plan", str(RECIPES / f"qwen2.5_7b_{name}.yaml"), "--gpus", "8", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    dpo, rm = plan("dpo"), plan("rm")
+    assert dpo["parameters"] - rm["parameters"] == (152_064 - 1) * 3584
+    (pairs,), (own,) = ([stage["bytes"] for stage in found["stages"]] for found in (dpo, rm))
+    assert own["gradients"] - pairs["gradients"] == 4 * 3584
+
+
+@pytest.mark.nightly
+def test_built_ranks_hold_what_is_planned(models: Any) -> None:
+    from mcore_swift.models.build import read_source
+    from perf import fake_world
+
+    plan = resolve(ParallelSection(tp=2, pp=2), world_size=None)
+    source = read_source(models("qwen2-tied"), as_scored=True)
+    chunks, platform = pipeline_layout(source, plan), prepared()
+    built = fake_world.build(source, plan, platform, range(4))
+    for check in fake_world.checks(source, plan, chunks, built, layers=platform.layers):
+        assert check.holds, check
