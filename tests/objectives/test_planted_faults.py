@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ Patch = pytest.MonkeyPatch
 CASES = {
     "dpo": ObjectiveSection(name="dpo", reference="adapter_off"),
     "kto": ObjectiveSection(name="kto", reference="adapter_off"),
+    "aot": ObjectiveSection(name="dpo", loss="aot_unpaired", reference="adapter_off"),
 }
 
 
@@ -107,6 +109,20 @@ def divergence_of_own_rank(patch: Patch) -> None:
     patch.setattr(step, "divergence", wrong)
 
 
+def sorted_by_own_rank(patch: Patch) -> None:
+    """AOT sorts each data parallel rank's own pairs."""
+    from mcore_swift.training import matching
+
+    right = matching.dist
+
+    def own(every: list[Any], mine: Any, group: Any) -> None:
+        place = matching.parallel.ranks()
+        every[:] = [([], [])] * len(every)
+        every[place.dp * place.cp_size] = mine
+
+    patch.setattr(matching, "dist", SimpleNamespace(get_world_size=right.get_world_size, all_gather_object=own))
+
+
 ONE, CP2, DP2 = ParallelSection(), ParallelSection(cp=2), ParallelSection(dp=2)
 FAULTS: dict[str, tuple[Callable[[Patch], None], ParallelSection, str]] = {
     "mean of means": (mean_of_means, ONE, "dpo"),
@@ -114,6 +130,7 @@ FAULTS: dict[str, tuple[Callable[[Patch], None], ParallelSection, str]] = {
     "reference with its adapter": (reference_with_its_adapter, ONE, "dpo"),
     "the other context parallel ranks' labels missing": (other_context_ranks_missing, CP2, "dpo"),
     "gradients once for each context parallel rank": (pairs_counted_by_every_context_rank, CP2, "dpo"),
+    "pairs sorted among a rank's own": (sorted_by_own_rank, DP2, "aot"),
     "divergence of a rank's own probes": (divergence_of_own_rank, DP2, "kto"),
 }
 

@@ -112,6 +112,49 @@ def test_experts(models: Any, layout: str) -> None:
     assert_same(at_layout(folder, layout, True), at_layout(folder, "one rank", True))
 
 
+def tokens_of_other_ranks_missing(patch: pytest.MonkeyPatch) -> None:
+    """Under sequence parallelism each rank's gradient of the score stays its own."""
+    from mcore_swift.models.score_head import ScoreHead
+
+    right = ScoreHead.__init__
+
+    def wrong(self: Any, *args: Any, **kwargs: Any) -> None:
+        right(self, *args, **kwargs)
+        self.weight.sequence_parallel = False
+
+    patch.setattr(ScoreHead, "__init__", wrong)
+
+
+def read_one_token_early(patch: pytest.MonkeyPatch) -> None:
+    from tests.objectives import rows
+
+    right = rows.collate_judged
+
+    def wrong(*args: Any, **kwargs: Any) -> Any:
+        batch = right(*args, **kwargs)
+        sequences = batch.sequences
+        assert sequences is not None
+        index = sequences.index.roll(-1, dims=1)
+        return replace(batch, loss_mask=(index >= 0).float(), sequences=replace(sequences, index=index))
+
+    patch.setattr(rows, "collate_judged", wrong)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("plant", "layout"), [(tokens_of_other_ranks_missing, "TP2+SP"), (read_one_token_early, "one rank")]
+)
+def test_a_planted_fault_is_found(models: Any, monkeypatch: pytest.MonkeyPatch, plant: Any, layout: str) -> None:
+    folder = scored(models("qwen3"))
+    right = at_layout(folder, "one rank", True)
+    prepared()
+    plant(monkeypatch)
+    section = (LAYOUTS | {"one rank": ONE})[layout]
+    found = compute(folder, section, {"centering": SECTIONS["centering"]}, margins=True)
+    with pytest.raises(AssertionError):
+        assert_same(found, right)
+
+
 # --- the score --------------------------------------------------------------------------------------------------------
 
 

@@ -94,20 +94,22 @@ def test_weights_of_rows(place: Path) -> None:  # noqa: F811
 
     def losses(rows: list[dict[str, Any]], *more: str) -> list[float]:
         (place / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        keys = ("--checkpoint.resume", "never", "--checkpoint.overwrite", "true", "--data.shuffle", "false")
-        code, errors = train(place, *keys, "--schedule.global_batch_size", "1", *more)
+        keys = ("--checkpoint.resume", "never", "--checkpoint.overwrite", "true")
+        code, errors = train(place, *keys, *one_pack, *more)
         assert code == 0, errors
         lines = (place / "run" / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line)["loss"] for line in lines]
 
+    one_pack = ("--schedule.global_batch_size", "1", "--data.sequence_length", "160")
     two = CHATS[:2]
     plain = losses(two)
-    assert losses([{**row, "weight": 7} for row in two]) == pytest.approx(plain, rel=1e-6)
-    assert losses([*two, {**CHATS[9], "weight": 0}]) == pytest.approx(plain, rel=1e-6)
-    assert losses([{**two[0], "weight": 3}, two[1]]) != pytest.approx(plain, rel=1e-4)
-    assert losses(two, "--objective.label_smoothing", "0.1") != pytest.approx(plain, rel=1e-4)
-    code, errors = train(place, "--data.streaming", "true", "--checkpoint.resume", "never", "--checkpoint.dir", "x")
+    assert losses([{**row, "weight": 7} for row in two]) == pytest.approx(plain, rel=1e-5)
+    assert losses([*two, {**CHATS[9], "weight": 0}]) == pytest.approx(plain, rel=1e-5)
+    assert losses([{**two[0], "weight": 3}, two[1]]) != pytest.approx(plain, rel=1e-5)
+    assert losses(two, "--objective.label_smoothing", "0.1") != pytest.approx(plain, rel=1e-5)
+    streamed = ("--data.streaming", "true", "--checkpoint.dir", str(place / "streamed"), "--checkpoint.export", "false")
+    code, errors = train(place, *streamed)
     assert code == 0, errors
     (place / "chats.jsonl").write_text(json.dumps({**two[0], "weight": 3}) + "\n")
-    code, errors = train(place, "--data.streaming", "true", "--checkpoint.resume", "never", "--checkpoint.dir", "y")
+    code, errors = train(place, *streamed, "--checkpoint.resume", "never", "--checkpoint.overwrite", "true")
     assert code == 2 and "weight is 3" in errors and "data.streaming: false" in errors, errors
