@@ -15,7 +15,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,6 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_loader import load as load_in_place
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.serialization import get_crc32_options, set_crc32_options
 
 from mcore_swift import parallel
 from mcore_swift.errors import DamagedCheckpoint, InputError, nearest
@@ -143,8 +142,7 @@ class PendingWrite:
 
     def write(self) -> None:
         """Writes and syncs this rank's file. No communication, nothing shared with training: made for a thread."""
-        with _own_checksums_only():
-            self.results = self.writer.write_data(self.plan, self.planner).wait()
+        self.results = self.writer.write_data(self.plan, self.planner).wait()
 
     @property
     def checksums(self) -> dict[str, int]:
@@ -163,17 +161,6 @@ class PendingWrite:
             (self.folder / "metadata.json").write_text(json.dumps(FORMAT))
 
         parallel.on_first_rank(write_index)
-
-
-@contextlib.contextmanager
-def _own_checksums_only() -> Iterator[None]:
-    """Without the CRC-32 that torch.save adds to each tensor, at half of its cost, and torch.load never looks at."""
-    before = get_crc32_options()
-    set_crc32_options(False)
-    try:
-        yield
-    finally:
-        set_crc32_options(before)
 
 
 class Saver:

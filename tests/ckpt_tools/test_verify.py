@@ -475,7 +475,7 @@ def test_bad_input_for_logits(
         assert message in failure(capsys, *argv, "--logits")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_real_model_through_both_engines(smollm2: Path, data_folder: Path, capsys: Any) -> None:
     """SmolLM2's own tokens of Wikipedia, within the default limits."""
     text = data_folder / "wikipedia_head.jsonl"

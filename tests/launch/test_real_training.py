@@ -68,7 +68,9 @@ def kill_agent() -> None:
 @pytest.mark.parametrize(
     ("deed", "line"),
     [
-        (crash, "attempt 1 died: rank 1 on local, CUDA error at step 12; restarting"),
+        pytest.param(
+            crash, "attempt 1 died: rank 1 on local, CUDA error at step 12; restarting", marks=pytest.mark.nightly
+        ),
         pytest.param(
             stop_self, "attempt 1 died: rank 1 on local, hang at step 12; restarting", marks=pytest.mark.nightly
         ),

@@ -54,7 +54,7 @@ def metrics(place: Path, *more: str) -> list[dict[str, Any]]:  # noqa: F811
     return [json.loads(line) for line in (place / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_run_goes_on_after_a_stop(place: Path) -> None:  # noqa: F811
     """The teacher isn't in the checkpoints: it is read again, and every later number is the same."""
     more = [*keys(a_teacher(place)), "--data.validation", str(place / "chats.jsonl"), "--schedule.decay", "constant"]

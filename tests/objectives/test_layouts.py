@@ -64,7 +64,7 @@ def assert_same(found: dict[str, Found], expected: dict[str, Found]) -> None:
         assert_close(found[case].gradients, one.gradients)
 
 
-SLOW = {("TP2+SP", True), ("CP2", True), ("PP2xVPP2", True)}
+SLOW = {("TP2+SP", True), ("PP2xVPP2", True)}
 
 
 def marked(layout: str, packing: bool) -> Any:

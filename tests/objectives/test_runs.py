@@ -44,7 +44,7 @@ def run(place: Path, name: str, *more: str) -> list[dict[str, Any]]:  # noqa: F8
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reference", ["adapter_off", "precomputed"])
+@pytest.mark.parametrize("reference", ["adapter_off", pytest.param("precomputed", marks=pytest.mark.nightly)])
 def test_dpo(place: Path, reference: str) -> None:  # noqa: F811
     first, second, evaluated = run(place, "dpo", *LORA, "--objective.reference", reference)
     assert first["loss"] == pytest.approx(math.log(2), rel=1e-6)  # adapters start as nothing

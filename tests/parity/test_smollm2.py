@@ -52,8 +52,9 @@ def window_losses(folder: Path, layout: ParallelSection, windows: torch.Tensor) 
     "layout",
     [
         ParallelSection(sequence_parallel=False),
-        ParallelSection(pp=2),
-        ParallelSection(tp=3, sequence_parallel=False),  # 9 heads, 3 key-value heads
+        pytest.param(ParallelSection(pp=2), marks=pytest.mark.nightly),
+        # 9 heads, 3 key-value heads
+        pytest.param(ParallelSection(tp=3, sequence_parallel=False), marks=pytest.mark.nightly),
     ],
     ids=["one rank", "PP2", "TP3"],
 )

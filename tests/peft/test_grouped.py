@@ -71,11 +71,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize(
     ("kind", "place"),
-    [
-        pytest.param(kind, place, marks=slow if (kind, place) == ("PiSSA", "EP2xTP2") else nightly)
-        for kind in VARIANTS
-        for place in ("one rank", "EP2", "EP2xTP2")
-    ],
+    [pytest.param(kind, place, marks=nightly) for kind in VARIANTS for place in ("one rank", "EP2", "EP2xTP2")],
 )
 def test_as_one_by_one(models: Any, kind: str, place: str) -> None:
     """Losses, first gradients and three steps of the optimizer."""

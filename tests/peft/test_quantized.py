@@ -365,8 +365,8 @@ def test_a_layer_that_saves_its_weight_twice(dense: Path) -> None:
 # --- checkpoints, folders, Python -------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("place", ["TP2+SP", pytest.param("TP2xPP2", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("place", ["TP2+SP", "TP2xPP2"])
 def test_resumes_bit_for_bit(dense: Path, tmp_path: Path, place: str) -> None:
     saving, loading = (
         with_checkpoints(recipe_for(dense, LAYOUTS[layout], adapter=adapter(dropout=0.1)), tmp_path)

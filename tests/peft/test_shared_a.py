@@ -61,7 +61,7 @@ def test_as_peft_with_equal_matrices(models: Any, method: str, layout: str) -> N
     assert_close(merge([rank[1] for rank in ranks]), {name: sums[first_of(name)] for name in theirs})
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_written_gives_the_same_logits(models: Any, tmp_path: Path) -> None:
     """Trained at TP2 x PP2; the same A three times in PEFT's folder, whose logits are the merged model's."""
     model = models("qwen3")

@@ -23,8 +23,8 @@ def labelled(n: int) -> dict[str, Any]:
     return {"prompt": f"What is {n} and {n}?", "completion": f"It is {2 * n if good else n}.", "label": good}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["dpo", pytest.param("kto", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_a_runs_own_rewards_are_those_of_peft(place: Path, name: str) -> None:  # noqa: F811
     rows = [(pair if name == "dpo" else labelled)(n) for n in range(12)]
     file, run = place / "rows.jsonl", place / "run"

@@ -38,6 +38,7 @@ def test_slurm_accepts_the_shipped_jobs(cluster: Cluster, job: str) -> None:
     assert "to start at" in cluster.run("bash", "-c", 'sbatch "$@" 2>&1', "bash", *words, cwd=ROOT)
 
 
+@pytest.mark.nightly
 def test_dry_run_asks_slurm_for_a_thousand_nodes(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "site.env").write_text("SBATCH_PARTITION=paper\n")
     recipe = str(ROOT / "launch" / "recipes" / "qwen2.5_72b_1024gpus.yaml")

@@ -151,7 +151,7 @@ def test_a_layout_is_compared_as_it_was_written() -> None:
     assert json.loads(json.dumps(record)) == record
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_other_layouts_draw_new_random_numbers(model_folder: Path, tmp_path: Path) -> None:
     saving, loading = (with_checkpoints(recipe_for(model_folder, layout(p)), tmp_path) for p in ("TP2", "PP2"))
     saved, loaded = saved_and_loaded(saving, loading)

@@ -77,7 +77,12 @@ def dying_rank(recipe: Recipe, moment: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "moment", [slow("one rank writes"), slow("index is written"), slow("before the rename"), slow("after the rename")]
+    "moment",
+    [
+        pytest.param(moment, marks=pytest.mark.nightly)
+        for moment in ("one rank writes", "index is written", "before the rename")
+    ]
+    + [slow("after the rename")],
 )
 def test_killed_while_saving(model_folder: Path, tmp_path: Path, moment: str) -> None:
     recipe = with_checkpoints(recipe_for(model_folder, layout("TP2")), tmp_path, keep=1)
