@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mcore_swift.errors import InputError, nearest
 from mcore_swift.peft import fused
-from mcore_swift.peft.peft_config import CONFIG, PREFIX, WEIGHTS, listed, read_config, scaling_of
+from mcore_swift.peft.peft_config import CONFIG, PREFIX, WEIGHTS, listed, read_config, scaling_of, stack_names
 from mcore_swift.weights import safetensors_io as io
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def read_adapter(folder: Path, base: io.SafetensorsFolder, *, tied: bool) -> Ada
     weights = _OneFile(folder / WEIGHTS)
     misfits = _Misfits()
     modules, replaced = _sort(weights, config, misfits)
-    stacks = _stack_names(folder, config, modules)
+    stacks = stack_names(folder, config, modules)
     single = {module: parts for module, parts in modules.items() if module not in stacks}
     targets = {
         f"{module}.weight": target
@@ -186,13 +186,6 @@ def _target(
     if wrong:
         return None
     return Target(parts["A"], parts["B"], parts.get("magnitude_vector"), parts.get("base_layer"), scaling)
-
-
-def _stack_names(folder: Path, config: Mapping[str, Any], modules: Mapping[str, object]) -> dict[str, str]:
-    try:
-        return fused.stack_names(modules.keys(), config.get("target_parameters") or [])
-    except InputError as problem:
-        raise InputError(f"{folder / CONFIG}: {problem}") from None
 
 
 def _of_stack(

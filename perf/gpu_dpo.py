@@ -32,7 +32,7 @@ from mcore_swift.data.packing import best_fit_decreasing
 from mcore_swift.recipe_io import load_recipe
 from mcore_swift.training.run import model_source
 from perf.gpu_levers import NOTHING_SAVED
-from perf.gpu_spine import execute, train
+from perf.gpu_spine import execute, failure, train
 
 RECIPE = Path(__file__).parent.parent / "launch" / "recipes" / "bench_qwen3_8b_dpo.yaml"
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "trl", "peft", "liger-kernel")
@@ -178,11 +178,6 @@ def trls(case: Case, work: Path, *, steps: int, limit: float) -> dict[str, Any]:
         return failure(log)
     found = json.loads(lines[-1].removeprefix("TRL "))
     return {"step_seconds": found.pop("seconds"), **found}
-
-
-def failure(log: Path) -> dict[str, Any]:
-    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return {"failed": True, "reason": lines[-1] if lines else "no output"}
 
 
 def measure(

@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from perf.gpu_spine import compare, losses, median, train
+from perf.gpu_spine import compare, failure, losses, median, train
 
 RECIPES = Path(__file__).parent.parent / "launch" / "recipes"
 DENSE = RECIPES / "bench_qwen3_8b_8layers.yaml"
 # Eight experts and two layers of a model that has 128 and 94: one GPU holds it with Adam's states.
 MOE_SHAPE = {"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2}
-MOE = ["--model.path", str(RECIPES / "models" / "qwen3-235b-a22b"), "--model.overrides", json.dumps(MOE_SHAPE)]
+MOE = ["--model.path", os.path.relpath(RECIPES / "models" / "qwen3-235b-a22b")]
+MOE += ["--model.overrides", json.dumps(MOE_SHAPE)]
 NOTHING_SAVED = ["--checkpoint.export", "false", "--checkpoint.final", "false", "--checkpoint.optimizer", "false"]
 NOTHING_SAVED += ["--checkpoint.resume", "never", "--checkpoint.overwrite", "true"]
 FP8 = ["--precision.fp8", "tensorwise"]
@@ -88,8 +90,7 @@ def report(lever: Lever, rows: list[dict[str, Any]], plain: list[dict[str, Any]]
     """One lever's line: the loss beside the plain run's, memory and speed of both."""
     found = compare(lever.name, losses(rows), losses(plain))
     if found.get("failed"):
-        found["reason"] = log.read_text().strip().splitlines()[-1] if log.exists() else "no output"
-        return found
+        return found | failure(log)
     for key in ("memory_gib", "tokens_per_second_per_gpu"):
         found |= {key: median(rows, key), f"plain_{key}": median(plain, key)}
     if lever.tolerance is not None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from perf.gpu_levers import NOTHING_SAVED
-from perf.gpu_spine import median, train
+from perf.gpu_spine import execute, failure, median, train
 
 RECIPES = Path(__file__).parent.parent / "launch" / "recipes"
 RECIPE = RECIPES / "bench_qwen3_8b_lora.yaml"
@@ -52,21 +51,18 @@ CASES = (
 def ours(case: Case, run: Path, recipe: Path, common: Sequence[str]) -> dict[str, Any]:
     rows = train(recipe, run, *NOTHING_SAVED, *case.keys, *common)
     if not rows:
-        log = run.with_suffix(".log")
-        reason = log.read_text().strip().splitlines() if log.exists() else []
-        return {"run": case.name, "failed": True, "reason": reason[-1] if reason else "no output"}
+        return {"run": case.name, **failure(run.with_suffix(".log"))}
     speed, peak = median(rows, "tokens_per_second_per_gpu"), max(row["memory_gib"] for row in rows)
     losses = [row["loss"] for row in rows]
     return {"run": case.name, "tokens_per_second": speed, "peak_gib": peak, "losses": losses}
 
 
-def peft(case: Case, model: Path, steps: int) -> dict[str, Any]:
+def peft(case: Case, log: Path, model: Path, steps: int) -> dict[str, Any]:
     words = [sys.executable, "-W", "ignore", "-m", "perf.peft_liger", str(model), "--steps", str(steps)]
-    done = subprocess.run([*words, *(case.words or ())], capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("PEFT ")]
+    execute([*words, *(case.words or ())], log)
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("PEFT ")]
     if not lines:
-        reason = done.stderr.strip().splitlines()
-        return {"run": case.name, "failed": True, "reason": reason[-1] if reason else "no output"}
+        return {"run": case.name, **failure(log)}
     return {"run": case.name, **json.loads(lines[-1].removeprefix("PEFT "))}
 
 
@@ -137,7 +133,7 @@ def main(words: Sequence[str] | None = None) -> int:
         if case.words is None:
             keep(judged(case, ours(case, options.work / f"run_{number}", options.recipe, common)))
         else:
-            keep(judged(case, peft(case, MODEL, min(options.steps, 7))))
+            keep(judged(case, peft(case, options.work / f"run_{number}.log", MODEL, min(options.steps, 7))))
     if not options.only or LOSS in options.only:
         keep(loss_error())
     return 1 if any(row.get("failed") or not (row.get("fast", True) and row.get("small", True)) for row in rows) else 0

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from perf.gpu_levers import NOTHING_SAVED
-from perf.gpu_spine import median, train
+from perf.gpu_spine import failure, median, train
 
 RECIPES = Path(__file__).parent.parent / "launch" / "recipes"
 FULL, LORA = RECIPES / "bench_moe.yaml", RECIPES / "bench_moe_lora.yaml"
@@ -67,8 +67,7 @@ SHORT = ("full, BF16", "full, BF16, allgather", "full, FP8", "LoRA, BF16")  # wh
 def report(case: Case, rows: Sequence[dict[str, Any]], log: Path) -> dict[str, Any]:
     """One run's line: its speed after the first two steps, peak GiB, and whether it is fast enough."""
     if not rows:
-        reason = log.read_text().strip().splitlines() if log.exists() else []
-        return {"run": case.name, "failed": True, "reason": reason[-1] if reason else "no output"}
+        return {"run": case.name, **failure(log)}
     found = {key: median(list(rows), key) for key in ("tflops_per_gpu", TOKENS)}
     speed = found[case.measure] or 0.0
     return {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from perf.gpu_levers import NOTHING_SAVED
-from perf.gpu_spine import median, train
+from perf.gpu_spine import failure, median, train
 
 RECIPES = Path(__file__).parent.parent / "launch" / "recipes"
 RECIPE = RECIPES / "bench_qlora.yaml"
@@ -25,7 +26,7 @@ KEPT = ["--runtime.recompute", "none"]
 
 
 def shape(name: str) -> list[str]:
-    return ["--model.path", str(RECIPES / "models" / name)]
+    return ["--model.path", os.path.relpath(RECIPES / "models" / name)]  # it is recorded
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,7 @@ CASES = (
 def report(case: Case, rows: Sequence[dict[str, Any]], log: Path) -> dict[str, Any]:
     """One run's line: peak GiB, tokens a second after the first two steps, and whether it keeps to its bound."""
     if not rows:
-        reason = log.read_text().strip().splitlines() if log.exists() else []
-        return {"run": case.name, "failed": True, "reason": reason[-1] if reason else "no output"}
+        return {"run": case.name, **failure(log)}
     peak = max(row["memory_gib"] for row in rows)
     return {
         "run": case.name,

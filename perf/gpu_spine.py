@@ -58,6 +58,12 @@ def execute(words: Sequence[str], log: Path, *, limit: float | None = None) -> i
     return code
 
 
+def failure(log: Path) -> dict[str, Any]:
+    """What is said of a run that failed: the last line of its log."""
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return {"failed": True, "reason": lines[-1] if lines else "no output"}
+
+
 def median(rows: list[dict[str, Any]], key: str) -> float | None:
     """The median over the steps after the first two."""
     return statistics.median(row[key] for row in rows[2:]) if rows else None

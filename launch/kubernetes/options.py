@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-Count = Callable[[str], float]
+from launch.slurm.options import Count, add_recovery
+
 KINDS = ("jobset", "pytorchjob")
 
 
@@ -41,13 +42,7 @@ def add_kubernetes(parser: argparse.ArgumentParser, *, count: Count, natural: Co
     pods.add_argument("--namespace", metavar="NAME", help="default: kubectl's")
     pods.add_argument("--queue", metavar="NAME", help="of Kueue")
     pods.add_argument("--site", metavar="FILE", type=Path, help="default: slurm/site.env of the checkout")
-    recovery = parser.add_argument_group("recovery")
-    help_text = "inside this start; default: %(default)s"
-    recovery.add_argument("--max-restarts", metavar="N", type=natural, default=10, help=help_text)
-    help_text = "seconds in one step after which a silent rank hangs; default: 600"
-    recovery.add_argument("--step-timeout", metavar="S", type=count, help=help_text)
-    help_text = "a step whose loss is not finite: stop, or leave its data out; default: %(default)s"
-    recovery.add_argument("--bad-steps", choices=["stop", "rewind"], default="stop", help=help_text)
+    add_recovery(parser, count=count, natural=natural)
     parser.set_defaults(run=_kubernetes)
 
 

@@ -1,4 +1,4 @@
-"""The words of `mcore-swift launch slurm` and `launch kubernetes`; imports nothing that takes time."""
+"""The words of `mcore-swift launch slurm`; imports nothing that takes time."""
 
 from __future__ import annotations
 

@@ -355,11 +355,11 @@ class CollectAndFinalize:
 def steady(models: Sequence[Any]) -> Iterator[None]:
     """The adapters' parameters don't change as long as the context lasts: one run of a pipeline's schedule.
 
-    Nothing, where the models' config doesn't end such a run with `CollectAndFinalize`.
+    Nothing, where the models' config doesn't end such a run with `CollectAndFinalize`, or gradients are reduced before.
     """
-    config = getattr(models[0], "config", None)
+    config, ddp = getattr(models[0], "config", None), getattr(models[0], "ddp_config", None)
     ends = isinstance(getattr(config, "finalize_model_grads_func", None), CollectAndFinalize)
-    layers = list(_frozen_layers(models)) if ends else []
+    layers = list(_frozen_layers(models)) if ends and not getattr(ddp, "overlap_grad_reduce", False) else []
     for layer in layers:
         layer.set_steady(True)
     try:

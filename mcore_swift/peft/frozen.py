@@ -113,7 +113,7 @@ class FrozenLinear:
         return Swiglu() if self.gated else self.norm
 
     def __call__(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if self._fresh and self.branch.acts:
+        if self._fresh and self.branch.acts and self.single():
             return _FrozenLinear.apply(inputs, self, True), self.handed
         self.took = self.alone()
         if not self.took:
@@ -269,6 +269,10 @@ def fits(branch: LoraBranch) -> bool:
         return False
     if _has_norm(branch) and (module.normalization != "RMSNorm" or module.zero_centered_gamma):
         return False
+    if getattr(module.config, "cpu_offloading", False) or getattr(
+        module.config, "fine_grained_activation_offloading", False
+    ):
+        return False  # what is moved is what the layer's own call keeps
     # Otherwise Transformer Engine computes the layer in FP8, and keeps copies of its weights for that.
     return not getattr(module.config, "fp8", None) or isinstance(
         getattr(module, "quantized_weight", None), EightBitWeight

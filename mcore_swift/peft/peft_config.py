@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mcore_swift.errors import InputError
+from mcore_swift.peft import fused
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OWN_CONFIG, OWN_WEIGHTS = "adapter.json", "adapter.safetensors"  # of methods that PEFT has no format for
@@ -129,6 +130,14 @@ def _patterns(config: Mapping[str, Any]) -> list[Any]:
         *listed(config.get("exclude_modules")),
         *listed(config.get("modules_to_save")),
     ]
+
+
+def stack_names(folder: Path, config: Mapping[str, Any], modules: Collection[str]) -> dict[str, str]:
+    """`fused.stack_names` of a folder's modules. Raises InputError that names its config."""
+    try:
+        return fused.stack_names(modules, config.get("target_parameters") or [])
+    except InputError as problem:
+        raise InputError(f"{folder / CONFIG}: {problem}") from None
 
 
 def by_pattern(config: Mapping[str, Any], key: str, name: str, default: Any) -> Any:

@@ -19,7 +19,17 @@ from mcore_swift.errors import InputError, nearest
 from mcore_swift.peft import fused
 from mcore_swift.peft.adapters import AdapterTensor
 from mcore_swift.peft.lora import LoraSettings
-from mcore_swift.peft.peft_config import CONFIG, DEFAULT, PREFIX, WEIGHTS, is_scored, listed, read_config, scaling_of
+from mcore_swift.peft.peft_config import (
+    CONFIG,
+    DEFAULT,
+    PREFIX,
+    WEIGHTS,
+    is_scored,
+    listed,
+    read_config,
+    scaling_of,
+    stack_names,
+)
 from mcore_swift.peft.saved import modules_of
 from mcore_swift.peft.targets import linear_modules
 from mcore_swift.weights import live
@@ -284,19 +294,12 @@ def read_settings(folder: Path) -> tuple[LoraSettings, list[str]]:
         modules_to_save=_saved_modules(folder, config, names),
     )
     adapted = dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in names if ".lora_" in name)
-    stacks = _stack_names(folder, config, adapted)
+    stacks = stack_names(folder, config, adapted)
     gated = [stack for stack in stacks.values() if stack.endswith("gate_up_proj")]
     shared = bool(gated) and all(scaling_of(config, stack)[0] == settings.rank for stack in gated)
     for module in adapted:
         _check_pattern(folder, config, settings, stacks.get(module, module), stack=module in stacks)
     return replace(settings, share_experts_a=shared), [stacks.get(module, module) for module in adapted]
-
-
-def _stack_names(folder: Path, config: Mapping[str, Any], modules: Collection[str]) -> dict[str, str]:
-    try:
-        return fused.stack_names(modules, config.get("target_parameters") or [])
-    except InputError as problem:
-        raise InputError(f"{folder / CONFIG}: {problem}") from None
 
 
 def _check_pattern(folder: Path, config: Mapping[str, Any], settings: LoraSettings, name: str, *, stack: bool) -> None:
@@ -374,7 +377,7 @@ def _open(folder: Path, rules: Mapping[str, TensorRule]) -> _AdapterFile:
     every = fused.stacks_of(linear_modules(rules))
     pieces: dict[str, fused.Piece] = {}
     modules = dict.fromkeys(name.rsplit(".lora_", 1)[0] for name in names if ".lora_" in name)
-    for module, stack in _stack_names(folder, config, modules).items():
+    for module, stack in stack_names(folder, config, modules).items():
         if stack not in every:
             raise InputError(
                 f"{folder / WEIGHTS}: {stack} belongs to no adapted layer of this model.{nearest(stack, list(every))}"

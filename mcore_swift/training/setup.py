@@ -84,8 +84,9 @@ def build(recipe: Recipe, source: ModelSource, plan: ParallelPlan, platform: Pla
         freezing.freeze(chunks, frozen, recomputed=recipe.runtime.recompute != "none")
     adapters.prepare(recipe, chunks, rules)
     # LISA: a bucket whose parameters don't all get a gradient can't be reduced before the end of the backward pass;
-    # nor can LoRA's, small as they are: their layers sum up gradients until then.
-    early = overlap and recipe.optimizer.lisa_layers is None and recipe.adapter.name != "lora"
+    # and LoRA's are so small that its layers rather sum up their gradients until then, unless asked not to.
+    sums = recipe.adapter.name == "lora" and not recipe.runtime.overlap
+    early = overlap and recipe.optimizer.lisa_layers is None and not sums
     models = wrap_chunks(chunks, config, recipe, plan, overlap=early)
     optimizer = build_optimizer(models, recipe, bf16=config.bf16)
     if recipe.optimizer.name == "galore":

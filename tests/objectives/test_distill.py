@@ -20,7 +20,7 @@ from tests.distributed import rank_model
 from tests.distributed.harness import in_fork, prepared, run_ranks
 from tests.distributed.rank_model import assert_close
 from tests.distributed.tiny_models import tiny_folder
-from tests.objectives import distill_oracle
+from tests.objectives import distill_oracle, test_layouts
 from tests.objectives.here import Found, compute
 from tests.objectives.trl_oracle import Result
 from tests.peft.test_lora import ALL, peft_folder
@@ -78,13 +78,7 @@ def assert_as_oracle(found: dict[str, Found], expected: dict[str, Result]) -> No
 
 LAYOUTS = {
     "one rank": ONE,
-    "TP2": ParallelSection(tp=2, sequence_parallel=False),
-    "TP2+SP": ParallelSection(tp=2),
-    "PP2": ParallelSection(pp=2),
-    "PP2xVPP2": ParallelSection(pp=2, vpp=2),
-    "CP2": ParallelSection(cp=2),
-    "DP2": ParallelSection(dp=2),
-    "TP2xPP2": ParallelSection(tp=2, pp=2),
+    **{name: test_layouts.LAYOUTS[name] for name in ("TP2", "TP2+SP", "PP2", "PP2xVPP2", "CP2", "DP2", "TP2xPP2")},
     "TP2xCP2": ParallelSection(tp=2, cp=2),
 }
 SLOW = {("TP2+SP", True)}

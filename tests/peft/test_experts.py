@@ -120,6 +120,16 @@ def single_experts(tensors: Tensors, experts: int, mixtral: bool) -> Tensors:
     return found
 
 
+def assert_trained(model: Path, layout: str, folder: Path, ratio: float, expected: Any) -> None:
+    """From the folder's adapters: the loss, the gradients and what three steps make of them. `ratio`: LoRA+'s."""
+    loss, gradients, trained = expected
+    adapter = AdapterSection(name="lora", path=str(folder), learning_rate_ratio=ratio)
+    losses, found, then = run(model, layout, adapter)
+    assert losses[0] == pytest.approx(loss, rel=1e-6)
+    assert_close(found, gradients)
+    assert_close(then, trained)
+
+
 @functools.cache
 def trained_by_peft(model: Path, folder: Path, ratio: float = 1.0) -> Any:
     return run_ranks(_trained_by_peft, 1, model, folder, ratio)[0]
@@ -133,12 +143,7 @@ def test_as_peft(models: Any, variant: str, method: str, layout: str) -> None:
     model, ratio = models(variant), RATIOS.get(method, 1.0)
     settings = METHODS.get(method, {})
     folder = peft_folder(model, model.parent / f"{variant}-stacks-{'-'.join(settings)}", **settings)
-    loss, gradients, trained = trained_by_peft(model, folder, ratio)
-    adapter = AdapterSection(name="lora", path=str(folder), learning_rate_ratio=ratio)
-    losses, found, then = run(model, layout, adapter)
-    assert losses[0] == pytest.approx(loss, rel=1e-6)
-    assert_close(found, gradients)
-    assert_close(then, trained)
+    assert_trained(model, layout, folder, ratio, trained_by_peft(model, folder, ratio))
 
 
 # --- against the definition -------------------------------------------------------------------------------------------
@@ -245,12 +250,7 @@ def test_as_defined(models: Any, variant: str, method: str, layout: str) -> None
     model, ratio = models(variant), RATIOS.get(method, 1.0)
     settings = METHODS.get(method, {})
     folder = expert_folder(model, model.parent / f"{variant}-experts-{'-'.join(settings)}", **settings)
-    loss, gradients, trained = trained_as_defined(model, folder, ratio)
-    adapter = AdapterSection(name="lora", path=str(folder), learning_rate_ratio=ratio)
-    losses, found, then = run(model, layout, adapter)
-    assert losses[0] == pytest.approx(loss, rel=1e-6)
-    assert_close(found, gradients)
-    assert_close(then, trained)
+    assert_trained(model, layout, folder, ratio, trained_as_defined(model, folder, ratio))
 
 
 def _pissa_losses(model: Path) -> list[float]:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mcore_swift.peft import eight_bit, frozen
+from mcore_swift.peft import adapters, eight_bit, frozen
 from mcore_swift.peft.eight_bit import EightBitWeight, in_eight_bits
 from mcore_swift.peft.frozen import FrozenLinear
 from mcore_swift.peft.lora import LoraBranch, LoraSettings
@@ -173,6 +173,22 @@ def test_an_expert_that_gets_no_tokens() -> None:
     assert gradients[0].shape == inputs.shape and not any(bool(gradient.any()) for gradient in gradients)
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_gradients_are_not_summed_where_they_are_reduced_early(early: bool) -> None:
+    module = NormedLinear(norm=True, bias="none")
+    fused = FrozenLinear(branch_on(module, SETTINGS, ("q",)), single=lambda: True)
+    for parameter in fused.parameters():
+        parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
+    chunk: Any = nn.Module()
+    chunk.adapters = adapters.Adapters()
+    chunk.adapters.frozen.append(fused)
+    chunk.config = SimpleNamespace(finalize_model_grads_func=adapters.CollectAndFinalize(lambda *_: None))
+    chunk.ddp_config = SimpleNamespace(overlap_grad_reduce=early)
+    with adapters.steady([chunk]):
+        assert fused.steady == (not early)
+    assert not fused.steady
+
+
 def test_it_steps_aside(monkeypatch: pytest.MonkeyPatch) -> None:
     module = NormedLinear(norm=True, bias="none")
     branch = branch_on(module, SETTINGS, ("q",))
@@ -207,6 +223,7 @@ def test_switched_off_it_is_the_layer_bit_for_bit() -> None:
         ({"normalization": "LayerNorm"}, SETTINGS),
         ({"zero_centered_gamma": True}, SETTINGS),
         ({"config": SimpleNamespace(fp8="hybrid")}, SETTINGS),
+        ({"config": SimpleNamespace(fp8=None, cpu_offloading=True)}, SETTINGS),
     ],
 )
 def test_what_it_does_not_fit(changes: dict[str, Any], settings: LoraSettings) -> None:

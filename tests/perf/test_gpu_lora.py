@@ -34,7 +34,7 @@ def test_a_failed_run_is_told_with_its_reason() -> None:
 
 def test_the_other_stack_runs_here(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     folder = tiny_folder(tmp_path / "qwen3", "qwen3")
-    words = [str(folder), "--device", "cpu", "--length", "16", "--micro-batches", "2", "--steps", "3", "--rank", "2"]
+    words = [str(folder), "--length", "16", "--micro-batches", "2", "--steps", "3", "--rank", "2"]
     assert peft_liger.main(words) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.startswith('PEFT {"tokens_per_second": ')
