@@ -110,10 +110,9 @@ def read_source(
         raw = scored.scored_config(raw, path=path)
 
     from huggingface_hub.errors import StrictDataclassError  # what transformers' own checks raise
-    from transformers import CONFIG_MAPPING
 
     try:
-        config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+        config = _configuration_class(raw["model_type"]).from_dict(raw)
     except (TypeError, ValueError, KeyError, StrictDataclassError) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())}") from None
     if family.mtp and getattr(config, "num_nextn_predict_layers", 0):
@@ -135,6 +134,21 @@ def read_source(
             f"model.mtp_loss_scale: {mtp_loss_scale}, but {folder} has no multi-token prediction layers; leave it out"
         )
     return source
+
+
+def _configuration_class(model_type: str) -> type[HFConfig]:
+    """transformers' class of a model type's config.json.
+
+    Without the docstring that transformers gives it on import: for that it imports all its model code, for seconds.
+    """
+    from transformers import CONFIG_MAPPING, utils
+
+    write = utils.auto_docstring
+    utils.auto_docstring = lambda described=None, **_: described or (lambda described: described)
+    try:
+        return CONFIG_MAPPING[model_type]
+    finally:
+        utils.auto_docstring = write
 
 
 def padded_vocab_size(vocab_size: int, tp: int) -> int:

@@ -305,8 +305,8 @@ def test_killed_runs_are_finished_by_the_same_command(tmp_path: Path) -> None:
         workers = 1 + number % 2
         after = generator.uniform(0, 0.4)
         finished = killed_conversion(folder, target, workers, after, copying=number % 4 > 0)
-        assert target.exists() == finished
-        if not finished:
+        assert target.exists() or not finished
+        if not target.exists():  # else the signal came after the end, or it appeared whole just before
             report = convert(folder, target, workers=workers)
             resumed += report.resumed > 0
         assert files(target) == expected
