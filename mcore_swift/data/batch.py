@@ -58,6 +58,8 @@ class MicroBatch:
     `chosen`: bool [b, s], positions that an adapter asked for; None: none has. Set on the part that a rank computes.
     `compare`: what takes the place of the labels' log-probabilities on the last pipeline stage, an output processor of
     Megatron's GPTModel; None: nothing does. Set on that part, too.
+    `output_rows`: int64 [n], the positions, of all s · b as in [s, b], that pass the output layer; None: all. Set on
+    that part, too.
     `weighted`: labels may have other weights than 1. All micro-batches of a data set say the same.
 
     A context parallel rank's part (`context_split.part_of`) has s / cp positions, and the `cu_seqlens` of the whole.
@@ -74,6 +76,7 @@ class MicroBatch:
     chosen: torch.Tensor | None = None
     adapter: torch.Tensor | None = None
     compare: Callable[..., torch.Tensor] | None = None
+    output_rows: torch.Tensor | None = None
     weighted: bool = False
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -92,5 +95,6 @@ class MicroBatch:
             chosen=move(self.chosen),
             adapter=move(self.adapter),
             compare=self.compare,
+            output_rows=move(self.output_rows),
             weighted=self.weighted,
         )

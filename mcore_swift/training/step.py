@@ -21,6 +21,7 @@ from mcore_swift.data.batch import MicroBatch
 from mcore_swift.objectives.objective import Answers, Distances, Objective, Scores
 from mcore_swift.training import balance, context
 from mcore_swift.training.matching import with_partners
+from mcore_swift.training.output_rows import logps_at, output_rows
 from mcore_swift.training.sums import StepResult, global_sizes, summarize
 
 if TYPE_CHECKING:
@@ -70,6 +71,9 @@ def forward_step(
     adapters.route(model, batch.adapter)
     if batch.chosen is not None and _adapters(model) is not None:
         _adapters(model).begin(batch.chosen)
+    outputs = batch.compare
+    if outputs is None and batch.output_rows is not None:
+        outputs = partial(logps_at, batch.output_rows)
     # To hide experts' exchange, Megatron asks for the steps of a forward pass, to mix them with a backward pass's.
     run = model.build_schedule_plan if return_schedule_plan else model
     output = run(
@@ -80,7 +84,7 @@ def forward_step(
         loss_mask=batch.loss_mask,
         packed_seq_params=packed_params(batch),
         padding_mask=None if batch.real is None else ~batch.real,
-        **({} if batch.compare is None else {"output_processor": batch.compare}),
+        **({} if outputs is None else {"output_processor": outputs}),
     )
     adapters.follow_route(model, output, batch.adapter)
     return output, lambda output: score(output, batch)
@@ -129,13 +133,14 @@ def answers_of(logps: Tensor, batch: MicroBatch) -> Answers | None:
 
 
 def parts(batches: Sequence[MicroBatch], device: torch.device, models: Sequence[Any] = ()) -> list[MicroBatch]:
-    """What this rank computes of its micro-batches, on its device, with the positions that `models` ask for."""
+    """What this rank computes of its micro-batches, on its device, with the positions that `models` ask for, and those
+    that pass the output layer."""
     shared = context.share(batches)
     wanted = getattr(_adapters(models[0]), "wanted", None) if models else None
     if wanted is not None:
         marks = context.share([replace(batch, real=wanted(batch)) for batch in batches])
         shared = [replace(batch, chosen=mark.real) for batch, mark in zip(shared, marks, strict=True)]
-    return [batch.to(device) for batch in shared]
+    return [replace(batch, output_rows=output_rows(batch)).to(device) for batch in shared]
 
 
 def _adapters(model: Any) -> Any:

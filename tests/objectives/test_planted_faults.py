@@ -42,17 +42,33 @@ def mean_of_means(patch: Patch) -> None:
 
 def prompts_counted(patch: Patch) -> None:
     """The label before an answer's first counts, too: it is 0, and a position of the prompt."""
-    from mcore_swift.training import step
+    from mcore_swift.training import context
 
-    right = step.answers_of
+    right = context.share
 
-    def wrong(logps: torch.Tensor, batch: Any) -> Any:
+    def early(batch: Any) -> Any:
         index = batch.sequences.index
         early = torch.where(index < 0, index.roll(-1, dims=1), index)
         mask = torch.where(early >= 0, torch.ones_like(batch.loss_mask), batch.loss_mask)
-        return right(logps, replace(batch, loss_mask=mask, sequences=replace(batch.sequences, index=early)))
+        return replace(batch, loss_mask=mask, sequences=replace(batch.sequences, index=early))
 
-    patch.setattr(step, "answers_of", wrong)
+    patch.setattr(context, "share", lambda batches: [early(batch) for batch in right(batches)])
+
+
+def an_answers_label_left_out(patch: Patch) -> None:
+    """The last position that counts doesn't pass the output layer, but the first one of all."""
+    from mcore_swift.training import step
+
+    right = step.output_rows
+
+    def wrong(batch: Any) -> torch.Tensor | None:
+        rows = right(batch)
+        counted = batch.loss_mask.t().flatten().nonzero()[:, 0]
+        if rows is None or len(counted) == 0:
+            return rows
+        return torch.where(rows == counted[-1], 0, rows)
+
+    patch.setattr(step, "output_rows", wrong)
 
 
 def reference_with_its_adapter(patch: Patch) -> None:
@@ -127,6 +143,7 @@ ONE, CP2, DP2 = ParallelSection(), ParallelSection(cp=2), ParallelSection(dp=2)
 FAULTS: dict[str, tuple[Callable[[Patch], None], ParallelSection, str]] = {
     "mean of means": (mean_of_means, ONE, "dpo"),
     "prompt tokens counted": (prompts_counted, ONE, "dpo"),
+    "a label without its log-probability": (an_answers_label_left_out, ONE, "dpo"),
     "reference with its adapter": (reference_with_its_adapter, ONE, "dpo"),
     "the other context parallel ranks' labels missing": (other_context_ranks_missing, CP2, "dpo"),
     "gradients once for each context parallel rank": (pairs_counted_by_every_context_rank, CP2, "dpo"),
