@@ -6,7 +6,8 @@ What is counted (so that numbers can be compared with others'):
 * causal attention counts half of the score matrix, and only inside documents: a batch is known by its number of tokens
   and by the sum of the squares of its documents' lengths (for unpacked rows of length s: rows · s²);
 * of experts, those that a token is sent to, the router and the shared one; nothing for tokens dropped or padded;
-* the output layer at the model's own vocabulary (without tensor-parallel padding); the embedding look-up is free.
+* the output layer at the model's own vocabulary (without tensor-parallel padding), and where it is said how many
+  labels count, for those positions only; the embedding look-up is free.
 """
 
 from __future__ import annotations
@@ -112,13 +113,19 @@ def attention_flops(shape: DecoderShape, *, sum_squared_lengths: int, backward: 
     return products // 2 * _passes(backward)
 
 
-def training_flops(shape: DecoderShape, *, tokens: int, sum_squared_lengths: int, frozen: bool = False) -> int:
+def training_flops(
+    shape: DecoderShape, *, tokens: int, sum_squared_lengths: int, labels: int | None = None, frozen: bool = False
+) -> int:
     """Model FLOPs, forward and backward, of `tokens` positions in documents with the given Σ length².
 
+    `labels`: how many of them have a label that counts; the others don't pass the output layer. None: all of them.
     `frozen`: the linear layers' weights get no gradient, so theirs are two products a layer in place of three. What
     adapters beside them take is not counted.
     """
-    matmul = matmul_flops_per_token(shape, backward=False) * tokens * (2 if frozen else _passes(True))
+    matmul = matmul_flops_per_token(shape, backward=False) * tokens
+    if labels is not None:
+        matmul -= 2 * shape.vocab_size * shape.hidden_size * (tokens - labels)
+    matmul *= 2 if frozen else _passes(True)
     return matmul + attention_flops(shape, sum_squared_lengths=sum_squared_lengths)
 
 

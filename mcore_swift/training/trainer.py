@@ -305,11 +305,19 @@ class Trainer:
             return
         export(self.model.chunks, self.model.rules, self.source, folder / "hf", dtype=self.model.export_dtype)
 
-    def _flops(self, tokens: int, squares: int) -> int:
+    def _flops(self, result: StepResult) -> float:
         recipe = self.recipe
         # What is trained of a model in parts is not counted: the speed that is shown is never too high.
         frozen = recipe.adapter.name != "none" or recipe.model.partly_frozen or recipe.optimizer.lisa_layers is not None
-        return training_flops(self.model.shape, tokens=tokens, sum_squared_lengths=squares, frozen=frozen)
+        return float(
+            training_flops(
+                self.model.shape,
+                tokens=result.tokens,
+                sum_squared_lengths=round(result.sum_squared_lengths),
+                labels=result.loss_tokens,
+                frozen=frozen,
+            )
+        )
 
     # --- reporting ----------------------------------------------------------------------------------------------------
 
@@ -318,7 +326,6 @@ class Trainer:
             getattr(callback, hook)(*values)
 
     def _record(self, result: StepResult, rate: float, seconds: float) -> StepRecord:
-        squares = round(result.sum_squared_lengths)
         return StepRecord(
             step=self.step,
             loss=result.loss,
@@ -326,7 +333,7 @@ class Trainer:
             grad_norm=result.grad_norm,
             tokens=result.tokens,
             loss_tokens=result.loss_tokens,
-            flops=float(self._flops(result.tokens, squares)),
+            flops=self._flops(result),
             seconds=seconds,
             world_size=self.plan.world_size,
             memory_gib=self.platform.memory_gib(),

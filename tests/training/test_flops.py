@@ -59,6 +59,15 @@ def test_frozen_weights_take_two_products_of_three():
     assert 3 * frozen == 2 * trained > 0
 
 
+@pytest.mark.parametrize(("frozen", "products"), [(False, 3), (True, 2)])
+def test_positions_without_a_label_skip_the_output_layer(frozen: bool, products: int):
+    whole, some = (
+        training_flops(QWEN3_8B_OF_8_LAYERS, tokens=4096, sum_squared_lengths=0, labels=labels, frozen=frozen)
+        for labels in (None, 1000)
+    )
+    assert whole - some == products * 2 * 151936 * 4096 * (4096 - 1000)
+
+
 @pytest.mark.parametrize(("family", "gated"), [("llama", True), ("gpt_neox", False)])
 @in_fork
 def test_the_counter_of_torch_agrees(family: str, gated: bool):
