@@ -141,8 +141,10 @@ def _configuration_class(model_type: str) -> type[HFConfig]:
 
     Without the docstring that transformers gives it on import: for that it imports all its model code, for seconds.
     """
-    from transformers import CONFIG_MAPPING, utils
+    import transformers
+    from transformers import CONFIG_MAPPING
 
+    utils: Any = transformers.utils
     write = utils.auto_docstring
     utils.auto_docstring = lambda described=None, **_: described or (lambda described: described)
     try:
