@@ -176,12 +176,16 @@ def may_requeue(settings: Settings) -> bool:
 
 
 def successor_of(run: Path, exclude: Sequence[str]) -> list[str]:
-    """What submits this job again without the nodes to exclude; nothing where there are none."""
+    """What submits this job again without the nodes to exclude; nothing where there are none.
+
+    It doesn't wait for this job's end, which Slurm only sees when it has given a lost node up: this job's ranks are
+    gone by now, or fenced off.
+    """
     if not exclude:
         return []
-    job, task, shown = os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_TASK_ID"), shown_job()
+    task, shown = os.environ.get("SLURM_ARRAY_TASK_ID"), shown_job()
     nodes = ",".join(sorted({*expand(field(shown, "ExcNodeList")), *exclude}))
-    words = ["sbatch", "--parsable", f"--exclude={nodes}", f"--dependency=afterany:{job}"]
+    words = ["sbatch", "--parsable", f"--exclude={nodes}"]
     given = {"partition": "Partition", "account": "Account", "qos": "QOS", "time": "TimeLimit", "job-name": "JobName"}
     words += [f"--{option}={value}" for option, name in given.items() if (value := field(shown, name))]
     words += [] if task is None else [f"--array={task}"]

@@ -211,6 +211,7 @@ FAULTS: dict[str, Fault] = {
         then="; to be requeued: 1 healthy nodes are left, 2 are needed",
         hosts=("n01", "n03"),
         excluded="n02",
+        seconds=10,  # its successor waits for nodes only
     ),
     # From here on Slurm finds out by itself: how soon is not ours.
     "batch-node": Fault(
