@@ -95,17 +95,17 @@ def _job(run: Path, stop: Stop) -> int:
             say(f"preflight: {host} is left out: {reason}")
     good = [host for host in hosts if host not in bad]
     if stop.received is not None:
-        return again(settings, "stopped before the start")
+        return again(run, settings, "stopped before the start")
     if len(good) < settings.nodes:
         reason = f"{len(good)} of {len(hosts)} nodes are good, {settings.nodes} are needed"
-        return again(settings, reason, successor_of(run, list(bad)))
+        return again(run, settings, reason, list(bad))
     with _watched(settings, run, good):
         code = stop.run(supervisor_words(settings, run, good))
     if code != EXIT_TRY_AGAIN:
         return EXIT_FAILED if code is None or code < 0 else code
     verdict = (folder.verdicts() or [{}])[-1]
     reason, exclude = str(verdict.get("line", "the run can go on")), verdict.get("exclude", [])
-    return again(settings, reason, successor_of(run, exclude))
+    return again(run, settings, reason, exclude)
 
 
 def job_hosts() -> list[str]:
@@ -129,7 +129,7 @@ def agent_words(settings: Settings) -> list[str]:
 
 
 def watch_words(run: Path, hosts: Sequence[str], address: str) -> list[str]:
-    """Two nodes that notice when this one is lost."""
+    """Two nodes, or the only other one, that notice when this one is lost."""
     words = [*SRUN, *_where(hosts[:2]), sys.executable, "-m", "launch.slurm.watch"]
     return [*words, f"--run={run}", f"--batch={address}"]
 
@@ -153,10 +153,10 @@ def preflight_words(settings: Settings, folder: Path, hosts: Sequence[str], cloc
 
 @contextlib.contextmanager
 def _watched(settings: Settings, run: Path, hosts: Sequence[str]) -> Iterator[None]:
-    """Other nodes watch this one, where Slurm was asked to keep a job whose node is lost (launch.slurm.watch)."""
+    """Other nodes watch this one (launch.slurm.watch)."""
     me = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     others = [host for host in hosts if host != me]
-    if not settings.spares or not others:
+    if not others:
         yield
         return
     with socket.create_server(("", 0), backlog=16) as server:  # the kernel answers for it, nobody else has to
@@ -165,10 +165,7 @@ def _watched(settings: Settings, run: Path, hosts: Sequence[str]) -> Iterator[No
         try:
             yield
         finally:
-            watch.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                watch.wait(3)
-            watch.kill()
+            watch.kill()  # it would wait for a lost node; the job's end ends the step
 
 
 def may_requeue(settings: Settings) -> bool:
@@ -193,9 +190,10 @@ def successor_of(run: Path, exclude: Sequence[str]) -> list[str]:
     return [*words, str(script)]
 
 
-def again(settings: Settings, reason: str, successor: Sequence[str] = ()) -> int:
-    """Sends the job back to the queue where that is wanted and allowed, or submits its successor.
+def again(run: Path, settings: Settings, reason: str, exclude: Sequence[str] = (), *, nobody_left: bool = False) -> int:
+    """Sends the job back to the queue where that is wanted and allowed, or submits its successor without `exclude`.
 
+    One process of a job does so, once. `nobody_left`: to end it, so it is cancelled when its successor is submitted.
     Returns the exit code for where it still lives afterwards.
     """
     job = os.environ["SLURM_JOB_ID"]
@@ -209,13 +207,35 @@ def again(settings: Settings, reason: str, successor: Sequence[str] = ()) -> int
     if field(shown, "JobState") != "RUNNING":  # cancelled, or already on its way back to the queue
         say(f"{reason}; Slurm has the job as {field(shown, 'JobState')}")
         return EXIT_TRY_AGAIN
+    if not _first_to_act(run):
+        say(f"{reason}; another node of this job has seen to it")
+        return EXIT_TRY_AGAIN
+    successor = successor_of(run, exclude)
     if successor and (number := _output(successor).strip()):
         say(f"{reason}; job {number} goes on, {successor[2].removeprefix('--')}")
+        if nobody_left:
+            _output(["scancel", job])
         return EXIT_TRY_AGAIN
     say(f"{reason}; requeued")
     _output(["scontrol", "requeue", job])  # ends this process, too
     time.sleep(60)
     return EXIT_TRY_AGAIN
+
+
+def this_start(run: Path) -> Path:
+    """A folder of what this job's nodes have to tell each other, of this start of it alone."""
+    restarts = os.environ.get("SLURM_RESTART_COUNT", "0")
+    folder = run / "slurm" / f"{os.environ['SLURM_JOB_ID']}.{restarts}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _first_to_act(run: Path) -> bool:
+    try:
+        (this_start(run) / "over").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def shown_job() -> str:

@@ -1,14 +1,19 @@
-"""`python -m launch.slurm.watch`: runs on two nodes of a job with spares, and saves it when its first node is lost.
+"""`python -m launch.slurm.watch`: runs on two nodes of a job, and saves it when its first node is lost.
 
-Such a job is submitted with --no-kill, so that Slurm doesn't end it for a lost node that a spare can replace. Slurm
-then keeps it even when the node of its batch script is lost (22.05 says "Removing failed node" and "This should never
-happen"): with nothing left in it, it would stand still until its time limit.
+Slurm needs `SlurmdTimeout`, minutes, to see that a node is lost, and a job that it requeues waits for that, too. So
+where all who watch hear nothing of the node any more, one of them submits the job's successor without it and cancels
+the job. A single one of two that hears nothing has lost the way to the node, and leaves the matter to Slurm.
+
+A job with spares is submitted with --no-kill, so that Slurm doesn't end it for a lost node that a spare can replace.
+Slurm then keeps it even when the node of its batch script is lost (22.05 says "Removing failed node" and "This should
+never happen"): with nothing left in it, it would stand still until its time limit. Who watches requeues it then.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import os
 import socket
 import subprocess
@@ -17,13 +22,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.agent.job import RunFolder
 from launch.slurm.hosts import expand
-from launch.slurm.job import again, field, may_requeue, say, shown_job
-from launch.slurm.prepare import Settings, read_settings
+from launch.slurm.job import again, field, may_requeue, say, shown_job, this_start
+from launch.slurm.prepare import read_settings
 from mcore_swift.errors import EXIT_FAILED
 
-KEEPALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3))  # seconds, seconds, times
 POLL_SECONDS = 5.0
+AGREE_SECONDS = 5.0  # in which all who watch a node notice that it is lost
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,24 +37,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--batch", metavar="HOST:PORT", required=True, help="what the job's first node listens at")
     arguments = parser.parse_args(argv)
-    host, _, port = arguments.batch.rpartition(":")
-    _wait(host, int(port))
+    # What it prints would go through the node that is lost.
+    with (arguments.run / "watch.log").open("a", buffering=1) as log, contextlib.redirect_stdout(log):
+        return _watch(arguments.run, *arguments.batch.rsplit(":", 1))
+
+
+def _watch(run: Path, host: str, port: str) -> int:
+    silent = _is_silent(host, int(port), RunFolder(run).job().lost_seconds) and _all_say_so(run)
+    if silent and os.environ["SLURM_PROCID"] == "0":
+        _save(run, host, [host])
     # The script has ended, and Slurm will end this step, too; or its node is gone, and Slurm will find that out.
     while (listed := _job_nodes()) is not None:
         if listed and host not in listed:
-            return _save(read_settings(arguments.run), host)
+            return _save(run, host)
         time.sleep(POLL_SECONDS)
     return 0
 
 
-def _wait(host: str, port: int) -> None:
-    """Returns when the connection has ended, in whichever way."""
-    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=30) as connection:
-        connection.settimeout(None)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in KEEPALIVE:
-            connection.setsockopt(socket.IPPROTO_TCP, option, value)
-        connection.recv(1)
+def _is_silent(host: str, port: int, seconds: float) -> bool:
+    """Returns when the connection has ended; whether that is because the node was silent for so long."""
+    try:
+        with socket.create_connection((host, port), timeout=30) as connection:
+            connection.settimeout(None)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1)):
+                connection.setsockopt(socket.IPPROTO_TCP, option, value)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * seconds))
+            connection.recv(1)
+    except OSError as error:
+        return error.errno in (errno.ETIMEDOUT, errno.EHOSTUNREACH)
+    return False
+
+
+def _all_say_so(run: Path) -> bool:
+    """Whether everybody who watches says that the node is silent."""
+    told = this_start(run) / "silent"
+    told.mkdir(exist_ok=True)
+    (told / os.environ["SLURM_PROCID"]).touch()
+    deadline = time.monotonic() + AGREE_SECONDS
+    while len(list(told.iterdir())) < int(os.environ["SLURM_NTASKS"]):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def _job_nodes() -> list[str] | None:
@@ -60,11 +91,12 @@ def _job_nodes() -> list[str] | None:
     return expand(field(shown, "NodeList")) if same and field(shown, "JobState") == "RUNNING" else None
 
 
-def _save(settings: Settings, host: str) -> int:
+def _save(run: Path, host: str, exclude: Sequence[str] = ()) -> int:
     """Sends the job back to the queue, or ends it where that is not wanted: it would stand still."""
+    settings = read_settings(run)
     reason = f"{host}, the node of the batch script, is lost"
     if may_requeue(settings):
-        return again(settings, reason)
+        return again(run, settings, reason, exclude, nobody_left=True)
     say(f"{reason}; cancelled")
     subprocess.run(["scancel", os.environ["SLURM_JOB_ID"]], check=False)
     return EXIT_FAILED

@@ -34,7 +34,7 @@ class Submitted:
 
     def told(self) -> str:
         """The job's own log and what its parts wrote."""
-        files = [*self.run.glob("slurm-*.log"), *self.run.glob("attempt-*/*.log")]
+        files = [*self.run.glob("slurm-*.log"), *self.run.glob("watch.log"), *self.run.glob("attempt-*/*.log")]
         texts = [f"--- {path}\n{path.read_text(errors='replace')[-3000:]}" for path in files]
         return "\n".join([*self.lines(), *texts, self.cluster.logs()])
 
@@ -53,11 +53,15 @@ class Submitted:
         self.until(lambda: self.cluster.job(self.number)["JobState"] in ENDED, "the job has ended", seconds=seconds)
         return self.cluster.job(self.number)["JobState"]
 
-    def successor(self) -> Submitted:
-        """The job that this one has submitted, to go on without the nodes at fault; this one has ended with 75."""
-        log = self.run / f"slurm-{self.number}.log"
+    def successor(self, *, orphaned: bool = False) -> Submitted:
+        """The job that this one has submitted, to go on without the nodes at fault; this one has ended with 75.
+
+        orphaned: its batch node was lost, so other nodes have submitted the successor and cancelled this one.
+        """
+        log = self.run / ("watch.log" if orphaned else f"slurm-{self.number}.log")
         self.until(lambda: re.search(r"; job \d+ goes on", log.read_text()), "a successor is submitted")
-        assert self.finish() == "FAILED" and self.cluster.job(self.number)["ExitCode"] == "75:0", self.told()
+        state, code = self.finish(), self.cluster.job(self.number)["ExitCode"]
+        assert state == "CANCELLED" if orphaned else (state, code) == ("FAILED", "75:0"), self.told()
         found = re.findall(r"; job (\d+) goes on", log.read_text())
         assert len(found) == 1, found
         return Submitted(self.cluster, int(found[0]), self.run)
