@@ -111,7 +111,7 @@ def assemble(ranks: list[list[tuple[str, tuple[int, ...], tuple[int, ...], torch
         view.copy_(data)
     for key, full in whole.items():
         assert not full.isnan().any(), f"{key} is not covered"
-        if "word_embeddings" in key:
+        if "word_embeddings" in key or "output_layer" in key:
             assert not full[VOCABULARY:].any()
             whole[key] = full[:VOCABULARY]
     return whole
