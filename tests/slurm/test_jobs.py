@@ -165,6 +165,7 @@ ORPHANED: dict[str, Any] = {
     "excluded": "n01",
     "orphaned": True,
 }
+CUT_OFF: dict[str, Any] = {**ORPHANED, "line": "attempt 1 died: ", "then": ""}
 FAULTS: dict[str, Fault] = {
     "crash": Fault(
         at_step=crash,
@@ -221,7 +222,7 @@ FAULTS: dict[str, Fault] = {
     "batch-node": Fault(deed=lambda job: job.cluster.power_cut("n01"), spares=0, **ORPHANED),
     "batch-node-with-spare": Fault(deed=lambda job: job.cluster.power_cut("n01"), nodes=4, **ORPHANED),
     "batch-node-partition": Fault(  # what is left on it comes to its own conclusions, and can't act on them
-        deed=lambda job: job.cluster.partition("n01"), nodes=4, **(ORPHANED | {"line": "attempt 1 died: ", "then": ""})
+        deed=lambda job: job.cluster.partition("n01"), nodes=4, **CUT_OFF
     ),
     "usr1": Fault(deed=signal_batch, nodes=2, spares=0, **STOPPED),
     "preemption": Fault(deed=preempt, nodes=2, spares=0, **STOPPED),
