@@ -73,7 +73,7 @@ class Job:
     max_rewinds: int = 3
     timeouts: dict[str, float | None] = field(default_factory=dict)  # a phase's seconds, over PHASE_SECONDS
     check_in_seconds: float = 120.0  # for all agents of an attempt to report
-    lost_seconds: float = 7.0  # of silence, after which a node, or the supervisor, counts as lost
+    lost_seconds: float = 6.0  # of silence, after which a node, or the supervisor, counts as lost
     grace_seconds: float = 2.0  # between TERM and KILL when an attempt has failed
     stop_seconds: float = 900.0  # for the step under way and the checkpoint when asked to stop
     backoff_seconds: float = 5.0  # before the second restart in a row without progress; doubles, at most 300

@@ -216,7 +216,7 @@ FAULTS: dict[str, Fault] = {
         then="; to be requeued: 1 healthy nodes are left, 2 are needed",
         hosts=("n01", "n03"),
         excluded="n02",
-        seconds=12,  # its successor waits for nodes only
+        seconds=10,  # its successor waits for nodes only
     ),
     # Slurm gives the nodes free when their steps have given up speaking to the lost node: how soon is not ours.
     "batch-node": Fault(deed=lambda job: job.cluster.power_cut("n01"), spares=0, **ORPHANED),
