@@ -18,10 +18,10 @@ from mcore_swift.weights.safetensors_io import TensorSpec
 from tests.ckpt_tools.real_shapes import MODELS, model_tensors
 
 # Tens of thousands of experts' tensors take seconds.
-LARGEST = ("Qwen3-235B-A22B", "GLM-4.5", "DeepSeek-V3")
+LARGEST = dict.fromkeys(("Qwen3-235B-A22B", "GLM-4.5"), pytest.mark.nightly) | {"DeepSeek-V3": pytest.mark.slow}
 
 
-@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name in LARGEST)) for name in MODELS])
+@pytest.fixture(params=[pytest.param(name, marks=LARGEST.get(name, ())) for name in MODELS])
 def large(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, dict[str, TensorSpec]]:
     config = MODELS[request.param] | {"tie_word_embeddings": False, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
     parameters = config.pop("parameters")

@@ -427,6 +427,7 @@ def test_logits_of_both_engines_agree(
     assert len({round(position["kl"], 20) for position in found["per_position"]}) > 40  # the text is no single token
 
 
+@pytest.mark.slow
 def test_logits_of_a_checkpoint_and_of_two(
     spoken: Callable[[str], Path], text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

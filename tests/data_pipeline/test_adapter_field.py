@@ -33,6 +33,7 @@ def files(tmp_path: Path) -> list[Path]:
     return [rows_in(tmp_path / "a.jsonl", rows[:5]), rows_in(tmp_path / "b.jsonl", rows[5:])]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packing", [True, False])
 def test_each_document_gets_its_row_s_number(files: list[Path], tmp_path: Path, tokenizer: Any, packing: bool) -> None:
     sources = [SourceSection(path=str(file)) for file in files]

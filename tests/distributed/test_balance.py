@@ -171,6 +171,7 @@ def test_layout(models: Any, layout: str, kind: str) -> None:
     assert_as_expected(with_losses(folder, kind, section), expected(folder, kind, dp))
 
 
+@pytest.mark.slow
 def test_the_losses_show(models: Any) -> None:
     """Without them the gradients are others: the tests above would see a loss that is left out."""
     reference = expected(models("qwen3-moe"), "aux_loss").gradients

@@ -38,7 +38,6 @@ SLOW = {
     ("qwen2-tied", "CP2xPP2", "packed"),
     ("qwen3", "CP2xTP2", "packed"),
     ("qwen2-tied", "CP2xPP2xVPP2", "packed"),
-    ("qwen3-moe", "CP2xEP2", "packed"),
 }
 
 

@@ -48,7 +48,6 @@ QUICK = {("qwen3-moe", "EP2")}
 SLOW = {("qwen3-moe", layout) for layout in ("EP2xTP2", "EP2xPP2xVPP2")}
 SLOW |= {("deepseek-v3", "EP2xTP2"), ("deepseek-v2", "EP2xPP2")}
 SLOW |= {("mixtral", "EP2xDP4"), ("glm4-moe", "EP2xCP2")}
-SLOW |= {("gpt-oss", "EP2xTP2xETP1")}
 
 
 def case(variant: str, layout: str) -> Any:

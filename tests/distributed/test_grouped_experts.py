@@ -22,7 +22,7 @@ GROUPED = MoeSection(grouped=True)
 FAMILIES = ("qwen3-moe", "mixtral", "qwen2-moe", "gpt-oss")
 PLACES = ("one rank", "TP2", "EP2", "EP2xTP2", "EP2xTP2xETP1", "EP2xPP2xVPP2")
 QUICK = ("qwen3-moe", "EP2")
-SLOW = (("mixtral", "EP2xTP2"), ("gpt-oss", "EP2"))
+SLOW = (("gpt-oss", "EP2"),)
 
 
 def case(variant: str, place: str) -> Any:

@@ -84,6 +84,7 @@ def test_a_rank_that_exits_is_a_failure(fn: object, story: str) -> None:
         run_ranks(fn, 1)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_ranks_die_with_the_process_that_started_them(tmp_path: Path) -> None:
     path = tmp_path / "pid"
     with pytest.raises(RankFailure, match="not done"):  # which kills the rank that has started a rank

@@ -152,6 +152,7 @@ def with_adapter(model: Path) -> tuple[AdapterSection, Path]:
     return AdapterSection(name="lora", path=str(folder)), folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["one rank", pytest.param("TP2xPP2", marks=pytest.mark.nightly)])
 def test_the_model_without_its_adapter_as_reference(models: Any, layout: str) -> None:
     model = models("qwen3")

@@ -43,6 +43,7 @@ def assert_as_with_all_positions(patch: pytest.MonkeyPatch, *args: Any, **keys: 
         assert_close(found[name].gradients, expected.gradients, tolerance=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "packing"), WHOLE)
 def test_full_training(models: Any, monkeypatch: pytest.MonkeyPatch, layout: str, packing: bool) -> None:
     policy = models("qwen3")

@@ -58,6 +58,7 @@ def test_disabled_adapters_leave_the_base(models: Any, method: str, layout: str)
     assert not any(torch.allclose(ours, theirs, rtol=0.1) for ours, theirs in zip(adapted, base, strict=True))
 
 
+@pytest.mark.slow
 def test_enabled_again(models: Any) -> None:
     """Dropout draws nothing while adapters are off, and all is as it was behind the context."""
     model = models("qwen3")

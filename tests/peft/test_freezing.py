@@ -149,6 +149,7 @@ def marked(case: str) -> Any:
     return pytest.param(case, marks=marks.get(case, pytest.mark.nightly))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [marked(case) for case in CASES])
 def test_a_part_is_trained(models: Any, case: str) -> None:
     variant, glob, place, runtime = CASES[case]

@@ -311,6 +311,7 @@ print("the same")
 """
 
 
+@pytest.mark.slow
 def test_kernels_in_tritons_interpreter() -> None:
     """Triton reads TRITON_INTERPRET when a kernel is defined, so this is a process of its own."""
     done = subprocess.run(

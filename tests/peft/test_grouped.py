@@ -33,6 +33,7 @@ def adapter_run(model: Path, place: ParallelSection, adapter: AdapterSection, **
     return ranks[0][0], merge([rank[1] for rank in ranks]), merge([rank[2] for rank in ranks])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "place", "runtime"),
     [

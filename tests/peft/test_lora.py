@@ -225,7 +225,7 @@ def pissa_rank(recipe: Recipe, folder: Path) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize(("variant", "layout"), everywhere(slow=("qwen3", "TP2xPP2")))
+@pytest.mark.parametrize(("variant", "layout"), everywhere(slow=("qwen3", "TP2+SP")))
 def test_pissa(models: Any, tmp_path: Path, variant: str, layout: str) -> None:
     """It starts where the model stands, as PEFT's does; its folder fits the model as it was; merging gives the same.
 

@@ -102,17 +102,11 @@ def expected(model: Path) -> Any:
 
 
 def case(variant: str, place: str, packing: bool = True) -> Any:
-    slow = (variant, place) in {("qwen3", "TP2xCP2")}
-    marks = (
-        ()
-        if (variant, place, packing) == ("qwen3", "TP2+SP", True)
-        else pytest.mark.slow
-        if slow
-        else pytest.mark.nightly
-    )
+    marks = () if (variant, place, packing) == ("qwen3", "TP2+SP", True) else pytest.mark.nightly
     return pytest.param(variant, place, packing, marks=marks, id=f"{variant}-{place}-{'packed' if packing else 'rows'}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "place", "packing"),
     [

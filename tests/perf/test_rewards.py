@@ -54,6 +54,7 @@ def test_statistics_of_known_rewards() -> None:
     )
 
 
+@pytest.mark.slow
 def test_curves_show_training_and_held_out_data(tmp_path: Path) -> None:
     from matplotlib.image import imread
 

@@ -57,6 +57,7 @@ def test_dry_run_says_why_slurm_refuses(cluster: Cluster, place: Path) -> None:
         cluster.run(*COMMAND, *words, "--site", "site.env", "--dry-run", seconds=300, cwd=place, environment=CODE)
 
 
+@pytest.mark.nightly
 def test_preflight_names_the_node_that_is_broken(cluster: Cluster, place: Path) -> None:
     """One step over three nodes; the second has no room in /dev/shm, which only its own mounts show."""
     if cluster.plain:

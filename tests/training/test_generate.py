@@ -77,6 +77,7 @@ def test_stops_at_a_stop_token(folder: Path) -> None:
     assert run(folder, stop={stop}) == expected[: expected.index(stop)]
 
 
+@pytest.mark.slow
 def test_sampling_follows_its_seed(folder: Path) -> None:
     sampling = Sampling(max_new_tokens=12, temperature=5.0, top_p=0.9, seed=7)
     first = run(folder, sampling=sampling)

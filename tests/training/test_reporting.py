@@ -199,6 +199,7 @@ def test_formats():
     ]
 
 
+@pytest.mark.slow
 def test_summary_of_a_resumed_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     drive([MetricsFile()], info(tmp_path), range(1, 7))
     end = finished(hf_dir=tmp_path / "my hf")
