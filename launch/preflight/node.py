@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import secrets
 import shutil
 import socket
 import subprocess
@@ -110,7 +111,7 @@ def _space(folder: Path, limits: Limits) -> list[str]:
 
 def _shared(folder: Path, limits: Limits) -> list[str]:
     """Writes, syncs and reads back a file of 16 MiB."""
-    path = folder / f".write-{platform.node()}-{os.getpid()}"
+    path = folder / f".write-{secrets.token_hex(8)}"  # nodes in namespaces may share names and process ids
     content = os.urandom(1024) * (WRITTEN_BYTES // 1024)
     try:
         start = time.monotonic()
