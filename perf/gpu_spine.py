@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,29 @@ LAYOUTS = {"TP2": ["--parallel.tp", "2"], "PP2": ["--parallel.pp", "2"], "DP2": 
 ONE_GPU = ["--runtime.ranks", "1"]
 
 
-def train(recipe: Path, run: Path, *overrides: str, limit: float | None = None) -> list[dict[str, Any]]:
+def train(
+    recipe: Path, run: Path, *overrides: str, limit: float | None = None, variables: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
     """Runs `mcore-swift train`; returns its steps' metrics, [] when it failed (its output is then in RUN.log)."""
     words = [sys.executable, "-m", "mcore_swift.cli", "train", str(recipe), "--checkpoint.dir", str(run), *overrides]
-    code = execute(words, run.with_suffix(".log"), limit=limit)
+    code = execute(words, run.with_suffix(".log"), limit=limit, variables=variables)
     metrics = run / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() and not code else []
     return [row for row in rows if "loss" in row]
 
 
-def execute(words: Sequence[str], log: Path, *, limit: float | None = None) -> int:
-    """Runs a program, its output into `log`, of which the end is shown; returns its exit code, 124 after `limit` s."""
+def execute(
+    words: Sequence[str], log: Path, *, limit: float | None = None, variables: Mapping[str, str] | None = None
+) -> int:
+    """Runs a program, its output into `log`, of which the end is shown; returns its exit code, 124 after `limit` s.
+
+    `variables`: of its environment, beside ours.
+    """
     begin = time.time()
     with log.open("w") as output:  # a group of its own: the program and all that it starts end together
-        program = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, process_group=0)
+        program = subprocess.Popen(
+            words, stdout=output, stderr=subprocess.STDOUT, process_group=0, env={**os.environ, **(variables or {})}
+        )
         try:
             code = program.wait(limit)
         except subprocess.TimeoutExpired:
