@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mcore_swift.recipe_io import load_recipe
 from perf.gpu_levers import NOTHING_SAVED
 from perf.gpu_spine import execute, failure, median, train
 
@@ -57,8 +58,10 @@ def ours(case: Case, run: Path, recipe: Path, common: Sequence[str]) -> dict[str
     return {"run": case.name, "tokens_per_second": speed, "peak_gib": peak, "losses": losses}
 
 
-def peft(case: Case, log: Path, model: Path, steps: int) -> dict[str, Any]:
+def peft(case: Case, log: Path, model: Path, steps: int, sequences: int) -> dict[str, Any]:
+    """`sequences`: of a step, one after the other."""
     words = [sys.executable, "-W", "ignore", "-m", "perf.peft_liger", str(model), "--steps", str(steps)]
+    words += ["--micro-batches", str(sequences)]
     execute([*words, *(case.words or ())], log)
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("PEFT ")]
     if not lines:
@@ -121,6 +124,7 @@ def main(words: Sequence[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     chosen = [case for case in CASES if not options.only or case.name in options.only]
     common = ["--schedule.steps", str(options.steps), *keys]
+    made = load_recipe(options.recipe, common)
     rows: list[dict[str, Any]] = []
 
     def keep(row: dict[str, Any]) -> None:
@@ -133,7 +137,8 @@ def main(words: Sequence[str] | None = None) -> int:
         if case.words is None:
             keep(judged(case, ours(case, options.work / f"run_{number}", options.recipe, common)))
         else:
-            keep(judged(case, peft(case, options.work / f"run_{number}.log", MODEL, min(options.steps, 7))))
+            log, sequences = options.work / f"run_{number}.log", made.schedule.global_batch_size
+            keep(judged(case, peft(case, log, MODEL, min(options.steps, 7), sequences)))
     if not options.only or LOSS in options.only:
         keep(loss_error())
     return 1 if any(row.get("failed") or not (row.get("fast", True) and row.get("small", True)) for row in rows) else 0

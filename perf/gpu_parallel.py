@@ -133,6 +133,8 @@ def measure(
             start = ["--model.path", weights[tuple(group.model)]]
             gpu = on(single.index(job) % GPUS) if job in single else None
             rows = train(PARITY, where, *start, *keys, *NOTHING_SAVED, *common, limit=limit, variables=gpu)
+            with (work / "losses.jsonl").open("a") as kept:  # so that a cut-off measurement leaves something
+                kept.write(json.dumps({"group": group.name, "run": name, "losses": losses(rows)}) + "\n")
             return losses(rows), where.with_suffix(".log")
 
         others = [job for job in jobs if job not in single]

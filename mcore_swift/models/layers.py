@@ -31,7 +31,7 @@ from mcore_swift.models import mtp
 from mcore_swift.models.attention import TorchAttention
 from mcore_swift.models.config import DecoderConfig
 from mcore_swift.models.expert_bias import with_bias
-from mcore_swift.models.grouped_linear import with_groups
+from mcore_swift.models.grouped_linear import in_one_call, with_groups
 from mcore_swift.models.latent_attention import NORM_KEYS, LatentAttention, LatentRotary
 from mcore_swift.models.post_norm import add_post_norms
 from mcore_swift.models.router import with_router
@@ -106,7 +106,7 @@ def _fused_layer(spec: ModuleSpec, config: DecoderConfig) -> ModuleSpec:
         attention = layer.self_attention
         attention = replace(attention, submodules=replace(attention.submodules, core_attention=CappedAttention))
         layer = replace(layer, self_attention=attention)
-    spec = replace(spec, module=FusedWgradLayer, submodules=replace(layer, mlp=with_router(layer.mlp)))
+    spec = replace(spec, module=FusedWgradLayer, submodules=replace(layer, mlp=with_router(in_one_call(layer.mlp))))
     return add_post_norms(spec, config, cast(Any, TENorm)) if config.post_layernorm else spec
 
 

@@ -15,8 +15,9 @@ from torch import nn
 
 from mcore_swift import parallel
 from mcore_swift.errors import InputError
+from mcore_swift.models.grouped_product import ends_of
 from mcore_swift.peft import frozen, saved
-from mcore_swift.peft.grouped import GroupedBranch, ends_of, joined
+from mcore_swift.peft.grouped import GroupedBranch, joined
 from mcore_swift.peft.lora import LoraBranch, LoraSettings
 from mcore_swift.peft.peft_config import DEFAULT
 from mcore_swift.peft.sites import Part, Site, find_sites

@@ -142,9 +142,9 @@ class FrozenLinear:
         """Adds what `accumulate` has summed to the parameters' main gradients."""
         if self._sums is None:
             return
-        for parameter, share in zip(self.parameters(), self.branch.shares(*self._sums), strict=True):
-            main: Tensor = parameter.main_grad  # type: ignore[attr-defined]
-            main.view(share.shape).add_(share)
+        shares = self.branch.shares(*self._sums)
+        mains: Any = [parameter.main_grad for parameter in self.parameters()]  # type: ignore[attr-defined]
+        torch._foreach_add_([main.view(share.shape) for main, share in zip(mains, shares, strict=True)], shares)
         self._sums = None
 
     def accumulate(self, low_grad: Tensor, prepared: Tensor, grad: Tensor, low: Tensor) -> None:

@@ -10,62 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from mcore_swift.errors import InputError
+from mcore_swift.models.grouped_product import ROW_BYTES, grouped_product, rows_fit
 from mcore_swift.peft.lora import LoraBranch, _SummedGradient
 from mcore_swift.peft.sites import Site
 
-ROW_BYTES = 16  # a grouped product's rows must be multiples of so many …
-ALIGNMENT = 8  # … which are eight numbers of two bytes
+ALIGNMENT = 8  # numbers of two bytes are ROW_BYTES
 
 
 def is_grouped(module: nn.Module) -> bool:
     """Whether it is a linear layer of several experts: Transformer Engine's, or the CPU's."""
     return hasattr(module, "num_gemms")
-
-
-def ends_of(splits: Sequence[int] | Tensor, device: torch.device) -> Tensor:
-    """Tokens of each expert → where each expert's tokens end: int32 [experts] on `device`, which is not waited for."""
-    if isinstance(splits, Tensor):
-        return splits.cumsum(0).to(device, torch.int32, non_blocking=True)
-    pinned = torch.tensor(list(accumulate(splits)), dtype=torch.int32, pin_memory=device.type == "cuda")
-    return pinned.to(device, non_blocking=True)
-
-
-class _GroupedProduct(torch.autograd.Function):
-    """x [tokens, in], weights [experts, out, in], ends int32 [experts] → [tokens, out]."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weights, ends)
-        if not x.size(0):
-            return x.new_zeros(0, weights.size(1))
-        return nn.functional.grouped_mm(x, weights.transpose(1, 2), offs=ends)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weights, ends = ctx.saved_tensors
-        if not x.size(0):
-            return torch.zeros_like(x), torch.zeros_like(weights), None
-        grad = grads[0].contiguous()
-        to_x = nn.functional.grouped_mm(grad, weights, offs=ends) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return to_x, None, None
-        to_weights = nn.functional.grouped_mm(grad.t(), x, offs=ends)
-        if x.is_cuda and torch.cuda.get_device_capability(x.device) >= (10, 0):
-            # torch 2.11 leaves out an expert without tokens there (github.com/pytorch/pytorch/issues/172439).
-            to_weights.masked_fill_((ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None], 0)
-        return to_x, to_weights, None
-
-
-def grouped_product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """Each expert's tokens times its weight, transposed: x [tokens, in], weights [experts, out, in] → [tokens, out]."""
-    return cast(Tensor, _GroupedProduct.apply(x.contiguous(), weights, ends))
 
 
 class GroupedBranch(nn.Module):
@@ -189,7 +149,7 @@ def _check(experts: Sequence[LoraBranch]) -> None:
             " false, or leave the experts out"
         )
     weight = first.site.weight
-    if any(size * weight.element_size() % ROW_BYTES for size in weight.shape):
+    if not rows_fit(weight):
         raise InputError(
             f"adapter.targets: {first.parts[0].name}: a rank's part of this layer is {list(weight.shape)}, and grouped"
             f" products need rows of a multiple of {ROW_BYTES} bytes; set moe.grouped: false"

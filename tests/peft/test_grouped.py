@@ -173,7 +173,7 @@ def test_disabled(models: Any) -> None:
 @in_fork
 def test_the_product_is_each_experts_own() -> None:
     """Experts without a token, no token at all, and a gradient that is one number expanded."""
-    from mcore_swift.peft.grouped import ends_of, grouped_product
+    from mcore_swift.models.grouped_product import ends_of, grouped_product
 
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(4, 8, 12, generator=generator, requires_grad=True)
