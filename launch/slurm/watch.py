@@ -2,7 +2,8 @@
 
 Slurm needs `SlurmdTimeout`, minutes, to see that a node is lost, and a job that it requeues waits for that, too. So
 where all who watch hear nothing of the node any more, one of them submits the job's successor without it and cancels
-the job. A single one of two that hears nothing has lost the way to the node, and leaves the matter to Slurm.
+the job. A single one of two that hears nothing has lost the way to the node: it does nothing, and tries to reach the
+node again.
 
 A job with spares is submitted with --no-kill, so that Slurm doesn't end it for a lost node that a spare can replace.
 Slurm then keeps it even when the node of its batch script is lost (22.05 says "Removing failed node" and "This should
@@ -43,40 +44,55 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _watch(run: Path, host: str, port: str) -> int:
-    silent = _is_silent(host, int(port), RunFolder(run).job().lost_seconds) and _all_say_so(run)
-    if silent and os.environ["SLURM_PROCID"] == "0":
-        _save(run, host, [host])
-    # The script has ended, and Slurm will end this step, too; or its node is gone, and Slurm will find that out.
+    batch, listening = BatchNode(host, int(port), RunFolder(run).job().lost_seconds), True
     while (listed := _job_nodes()) is not None:
         if listed and host not in listed:
             return _save(run, host)
+        listening = listening and batch.falls_silent()
+        if listening and _all_say_so(run):
+            return _save(run, host, [host])
+        # Not listening: the script has ended, and Slurm will end this step, too.
         time.sleep(POLL_SECONDS)
     return 0
 
 
-def _is_silent(host: str, port: int, seconds: float) -> bool:
-    """Returns when the connection has ended; whether that is because the node was silent for so long."""
-    try:
-        with socket.create_connection((host, port), timeout=30) as connection:
-            connection.settimeout(None)
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1)):
-                connection.setsockopt(socket.IPPROTO_TCP, option, value)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * seconds))
-            connection.recv(1)
-    except OSError as error:
-        return error.errno in (errno.ETIMEDOUT, errno.EHOSTUNREACH)
-    return False
+class BatchNode:
+    """The job's first node, as far as this one hears it."""
+
+    def __init__(self, host: str, port: int, seconds: float) -> None:
+        self.address, self.seconds = (host, port), seconds
+        self.heard = False
+
+    def falls_silent(self) -> bool:
+        """Returns when the connection has ended or can't be made; whether that is for the silence of a node once heard.
+
+        A node that was never heard may be behind a firewall.
+        """
+        try:
+            with socket.create_connection(self.address, timeout=self.seconds if self.heard else 30) as connection:
+                self.heard = True
+                connection.settimeout(None)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for option, value in ((socket.TCP_KEEPIDLE, 1), (socket.TCP_KEEPINTVL, 1)):
+                    connection.setsockopt(socket.IPPROTO_TCP, option, value)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * self.seconds))
+                connection.recv(1)
+        except OSError as error:
+            return self.heard and (isinstance(error, TimeoutError) or error.errno == errno.EHOSTUNREACH)
+        return False
 
 
 def _all_say_so(run: Path) -> bool:
-    """Whether everybody who watches says that the node is silent."""
+    """Whether everybody who watches says that the node is silent, now: a word counts as long as it is waited on."""
     told = this_start(run) / "silent"
     told.mkdir(exist_ok=True)
-    (told / os.environ["SLURM_PROCID"]).touch()
+    mine = told / os.environ["SLURM_PROCID"]
+    mine.touch()
     deadline = time.monotonic() + AGREE_SECONDS
     while len(list(told.iterdir())) < int(os.environ["SLURM_NTASKS"]):
         if time.monotonic() > deadline:
+            mine.unlink()
+            say(f"{os.environ['SLURMD_NODENAME']} does not hear the node of the batch script, others do")
             return False
         time.sleep(0.1)
     return True

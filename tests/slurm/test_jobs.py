@@ -23,7 +23,7 @@ import pytest
 
 from mcore_swift.training.checkpoint_folder import read_manifest
 from tests.launch.forked import Disturbance, at_step, crash
-from tests.slurm.cluster import ENDED, Cluster, ClusterError, namespaces_allowed
+from tests.slurm.cluster import ENDED, NETWORK, Cluster, ClusterError, namespaces_allowed
 from tests.slurm.conftest import ROOT, make_place
 from tests.slurm.forks import Forks
 from tests.slurm.jobs import Submitted, noting_starts, submit, undisturbed
@@ -261,6 +261,25 @@ def test_a_disturbed_job_ends_with_the_same_numbers(place: Path, left_alone: lis
         took = job.started(len(job.lines())) - float((marks / "fault").read_text())
         print(f"{name}: {took:.1f} s from the fault to the last attempt's first rank")
         assert fault.seconds is None or took < fault.seconds
+
+
+@pytest.mark.nightly
+def test_one_of_two_that_watch_has_lost_the_way(place: Path, left_alone: list[tuple[Any, ...]]) -> None:
+    """The spare node doesn't reach the batch script's any more. The other one does, so the job is left alone."""
+    with Cluster(nodes=3) as cluster, Forks(noting_starts(place, pace=1.0)) as forks:
+        job = submit(cluster, place, forks, "--nodes", "2", "--spares", "1", "--no-preflight", *WORDS)
+        job.reach(4)
+        nobody = ["lladdr", "02:00:00:00:00:77", "nud", "permanent"]
+        cluster.run("ip", "neigh", "replace", f"{NETWORK}.1", "dev", "eth0", *nobody, node="n03")
+        log = job.run / "watch.log"
+        job.until(lambda: "n03 does not hear the node of the batch script" in log.read_text(), "n03 hears nothing")
+        assert numbers(job.run)[-1][0] < STEPS  # the job is not over yet
+        assert job.finish() == "COMPLETED", job.told()
+        assert job.lines() == [f"attempt 1 is done: step {STEPS}"]
+        assert "n02" not in log.read_text() and "lost" not in log.read_text()
+        assert cluster.job(job.number)["Restarts"] == "0"
+        assert cluster.run("squeue", "--noheader", "--states=all", "--format=%i").split() == [str(job.number)]
+        assert_as_left_alone(job, left_alone)
 
 
 @pytest.mark.nightly
