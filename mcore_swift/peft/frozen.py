@@ -144,7 +144,8 @@ class FrozenLinear:
             return
         shares = self.branch.shares(*self._sums)
         mains: Any = [parameter.main_grad for parameter in self.parameters()]  # type: ignore[attr-defined]
-        torch._foreach_add_([main.view(share.shape) for main, share in zip(mains, shares, strict=True)], shares)
+        views = [main.view(share.shape) for main, share in zip(mains, shares, strict=True)]
+        torch._foreach_add_(views, shares)  # type: ignore[attr-defined]
         self._sums = None
 
     def accumulate(self, low_grad: Tensor, prepared: Tensor, grad: Tensor, low: Tensor) -> None:
