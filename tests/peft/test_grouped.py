@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from mcore_swift import parallel
 from mcore_swift.errors import InputError
 from mcore_swift.recipe import AdapterSection, MoeSection, ParallelSection, Recipe, RuntimeSection
-from tests.distributed.harness import RankFailure, in_fork, run_ranks
+from tests.distributed.harness import RankFailure, run_ranks
 from tests.distributed.rank_model import assert_close, merge, open_model, recipe_for
 from tests.peft.method_run import RATE, adapter_rank, write_rank
 from tests.peft.peft_run import LEARNING_RATE
@@ -165,27 +165,6 @@ def test_disabled(models: Any) -> None:
     folder = expert_folder(model, model.parent / "qwen3-moe-experts-")
     recipe = recipe_for(model, adapter=AdapterSection(name="lora", path=str(folder)), moe=GROUPED)
     assert run_ranks(frozen_rank, 1, recipe)[0] == (True, True)
-
-
-# --- the product ------------------------------------------------------------------------------------------------------
-
-
-@in_fork
-def test_the_product_is_each_experts_own() -> None:
-    """Experts without a token, no token at all, and a gradient that is one number expanded."""
-    from mcore_swift.models.grouped_product import ends_of, grouped_product
-
-    generator = torch.Generator().manual_seed(1)
-    weights = torch.randn(4, 8, 12, generator=generator, requires_grad=True)
-    for splits in ([3, 0, 5, 0], [0, 0, 0, 0]):
-        x = torch.randn(sum(splits), 12, generator=generator, requires_grad=True)
-        parts = [part @ weight.t() for part, weight in zip(x.split(splits), weights, strict=True)]
-        wanted = torch.autograd.grad(torch.cat(parts).sum(), (x, weights))
-        for form in (splits, torch.tensor(splits)):
-            out = grouped_product(x, weights, ends_of(form, x.device))
-            torch.testing.assert_close(out, torch.cat(parts))
-            found = torch.autograd.grad(out.sum(), (x, weights))
-            torch.testing.assert_close(found, wanted)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
