@@ -221,6 +221,16 @@ FAULTS: dict[str, Fault] = {
     # Slurm gives the nodes free when their steps have given up speaking to the lost node: how soon is not ours.
     "batch-node": Fault(deed=lambda job: job.cluster.power_cut("n01"), spares=0, **ORPHANED),
     "batch-node-with-spare": Fault(deed=lambda job: job.cluster.power_cut("n01"), nodes=4, **ORPHANED),
+    "batch-node-idle-nodes": Fault(  # enough of them for the successor
+        deed=lambda job: job.cluster.power_cut("n01"),
+        nodes=4,
+        spares=0,
+        seconds=10,
+        **{**ORPHANED, "hosts": ("n03", "n04")},
+    ),
+    "batch-node-with-spare-idle-nodes": Fault(
+        deed=lambda job: job.cluster.power_cut("n01"), nodes=6, seconds=10, **{**ORPHANED, "hosts": ("n04", "n05")}
+    ),
     "batch-node-partition": Fault(  # what is left on it comes to its own conclusions, and can't act on them
         deed=lambda job: job.cluster.partition("n01"), nodes=4, **CUT_OFF
     ),
