@@ -27,7 +27,7 @@ from perf.gpu_spine import PARITY, compare, failure, losses, train
 MODELS = PARITY.parent / "models"
 DENSE = ["--model.path", str(MODELS / "qwen3-0.6b"), "--model.overrides", '{"num_hidden_layers": 8}']
 EXPERTS = ["--model.path", str(MODELS / "qwen3-30b-a3b")]
-EXPERTS += ["--model.overrides", '{"num_hidden_layers": 4, "num_experts": 32}']
+EXPERTS += ["--model.overrides", '{"num_hidden_layers": 3, "num_experts": 16}']
 ONE = ["--runtime.ranks", "1"]
 TWO = ["--runtime.ranks", "2"]
 FP8 = ["--precision.fp8", "tensorwise"]

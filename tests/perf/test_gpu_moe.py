@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -40,15 +39,6 @@ def test_what_is_reported(tmp_path: Path) -> None:
     assert gpu_moe.text(slow) == "x: 80 TFLOP/s, 8,000 tokens/s a GPU (at least 81 TFLOP/s): TOO SLOW, 11.5 GiB"
     log.write_text("much\nthe reason\n")
     assert gpu_moe.text(gpu_moe.report(gpu_moe.Case("x", recipe), [], log)) == "x: failed: the reason"
-
-
-def test_variables_are_the_runs_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    seen = []
-    monkeypatch.setattr(gpu_moe, "train", lambda *words, limit: seen.append((dict(os.environ), limit)) or [])
-    case = next(case for case in gpu_moe.CASES if case.variables == gpu_moe.CUTLASS)
-    list(gpu_moe.measure([case], tmp_path, limit=9, common=[]))
-    assert seen[0][0].items() >= {**gpu_moe.CUTLASS, **gpu_moe.MEMORY}.items() and seen[0][1] == 9
-    assert not os.environ.keys() & {*gpu_moe.CUTLASS, *gpu_moe.MEMORY}
 
 
 @pytest.mark.nightly
