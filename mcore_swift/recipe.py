@@ -265,6 +265,7 @@ class RuntimeSection(_Strict):
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])  # for selective
     recompute_method: Literal["uniform", "block"] = "uniform"  # for full: all layers, or only the first of each chunk
     recompute_layers: int = 1  # for full: layers a checkpointed unit (uniform), or layers recomputed (block)
+    loss_chunk: int = 0  # positions of a rank whose logits exist at once, made again in backward; 0: all of them
     offload_layers: int = 0  # first layers whose activations wait in CPU memory for the backward pass
     offload_modules: list[str] = field(default_factory=list)  # parts of each layer whose inputs do
     overlap: bool | None = None  # overlap DP communication with compute; default: on for CUDA

@@ -29,6 +29,7 @@ def measure(
     modes: Sequence[str], work: Path, *, length: int, layers: int, limit: float, common: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     keys = ["--data.sequence_length", str(length), "--data.packing", "true", "--runtime.recompute", "full"]
+    keys += ["--runtime.loss_chunk", "8192"]
     keys += ["--model.overrides.num_hidden_layers", str(layers)]
     keys += ["--schedule.steps", "6", "--schedule.global_batch_size", "1", "--schedule.micro_batch_size", "1"]
     for mode in modes:

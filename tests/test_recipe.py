@@ -333,6 +333,10 @@ CONTRADICTIONS = [
     ("--optimizer.name galore", "optimizer.name: galore is not sharded by Megatron's distributed optimizer"),
     ("--optimizer.name galore --optimizer.distributed false --adapter.name lora", "to train the whole model in little"),
     ("--runtime.recompute_layers 2", "it is used by runtime.recompute: full only, found none"),
+    ("--runtime.loss_chunk 100", "runtime.loss_chunk: found 100; tensor parallel ranks share a chunk out"),
+    ("--runtime.loss_chunk 48 --parallel.tp 2", "make it a multiple of 16 x parallel.tp"),
+    ("--runtime.loss_chunk 1024 --objective.name rm", "rm has no logits of all positions at once"),
+    ("--runtime.loss_chunk 1024 --model.mtp_loss_scale 0.1", "the loss of multi-token prediction needs the logits"),
 ]
 
 

@@ -17,6 +17,7 @@ class DecoderFields:
     attn_logit_softcapping: float | None = None  # scores are capped to ± this: cap · tanh(score / cap)
     final_logit_softcapping: float | None = None  # the same for the output layer's logits
     embedding_scale: float | None = None  # embeddings are multiplied by it, rounded to their dtype
+    loss_chunk: int = 0  # positions that pass the output layer at once, and again in backward; 0: all of them
     post_layernorm: bool = False  # a second norm after attention and after the MLP, before the residual is added
 
 

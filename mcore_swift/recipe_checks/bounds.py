@@ -22,7 +22,7 @@ BOUNDS: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda x: x >= 0,
         "optimizer.weight_decay optimizer.clip_grad schedule.min_learning_rate schedule.warmup_steps "
         "adapter.first_tokens adapter.last_tokens "
-        "schedule.eval_interval checkpoint.interval checkpoint.keep runtime.offload_layers "
+        "schedule.eval_interval checkpoint.interval checkpoint.keep runtime.offload_layers runtime.loss_chunk "
         "model.mtp_loss_scale moe.aux_loss_coeff moe.z_loss_coeff moe.expert_bias_update_rate "
         "objective.gamma objective.sft_weight objective.centering "
         "objective.desirable_weight objective.undesirable_weight",

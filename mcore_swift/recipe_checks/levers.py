@@ -7,11 +7,13 @@ training script that concern more than its command line) and Transformer Engine 
 from __future__ import annotations
 
 from mcore_swift.recipe import Recipe
+from mcore_swift.recipe_checks.objective import SCORED
 from mcore_swift.recipe_checks.table import Row
 
 # TransformerConfig.recompute_modules and .offload_modules, but for what no family here has.
 RECOMPUTE_MODULES = ("core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts")
 OFFLOAD_MODULES = ("attn_norm", "qkv_linear", "core_attn", "attn_proj", "mlp_norm", "expert_fc1", "moe_act")
+MULTIPLE = 16  # positions of a rank that pass the output layer: kernels are compiled for it, and FP8 wants it
 IN_EXPERTS = {"moe_act", "expert_fc1"}
 
 
@@ -69,6 +71,30 @@ RECOMPUTE: list[Row[Recipe]] = [
         lambda r: recomputes(r, "moe_act", "layernorm") and r.precision.fp8 == "delayed",
         "moe_act and layernorm would be quantized a second time, with delayed scales that have moved on",
         "use another precision.fp8, or recompute mlp or moe",
+    ),
+]
+
+LOSS_CHUNK: list[Row[Recipe]] = [
+    Row(
+        "runtime.loss_chunk",
+        f"not a multiple of {MULTIPLE} x parallel.tp",
+        lambda r: r.runtime.loss_chunk % (MULTIPLE * r.parallel.tp),
+        "found {r.runtime.loss_chunk}; tensor parallel ranks share a chunk out, each a multiple of 16 positions",
+        "make it a multiple of 16 x parallel.tp",
+    ),
+    Row(
+        "runtime.loss_chunk",
+        "any, with objective.name: " + " or ".join((*SCORED, "distill")),
+        lambda r: r.runtime.loss_chunk and r.objective.name in (*SCORED, "distill"),
+        "{r.objective.name} has no logits of all positions at once",
+        "leave it out",
+    ),
+    Row(
+        "runtime.loss_chunk",
+        "any, with model.mtp_loss_scale",
+        lambda r: r.runtime.loss_chunk and r.model.mtp_loss_scale,
+        "the loss of multi-token prediction needs the logits of all positions at once",
+        "leave one of them out",
     ),
 ]
 
@@ -217,4 +243,4 @@ OVERLAP: list[Row[Recipe]] = [
     ),
 ]
 
-LEVERS = [*RECOMPUTE, *OFFLOAD, *OVERLAP]
+LEVERS = [*RECOMPUTE, *LOSS_CHUNK, *OFFLOAD, *OVERLAP]

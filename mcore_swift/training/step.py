@@ -72,8 +72,9 @@ def forward_step(
     if batch.chosen is not None and _adapters(model) is not None:
         _adapters(model).begin(batch.chosen)
     outputs = batch.compare
-    if outputs is None and batch.output_rows is not None:
-        outputs = partial(logps_at, batch.output_rows)
+    chunk = model.config.loss_chunk
+    if outputs is None and (batch.output_rows is not None or chunk):
+        outputs = partial(logps_at, batch.output_rows, chunk)
     # To hide experts' exchange, Megatron asks for the steps of a forward pass, to mix them with a backward pass's.
     run = model.build_schedule_plan if return_schedule_plan else model
     output = run(

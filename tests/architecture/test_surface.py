@@ -52,8 +52,8 @@ KEYS = {
     "pad_to_capacity dispatcher grouped router_fusion permute_fusion shared_expert_overlap",
     "checkpoint": "dir interval final keep asynchronous optimizer resume export overwrite",
     "logging": "interval tensorboard wandb_project wandb_name",
-    "runtime": "device ranks seed threads recompute recompute_modules recompute_method "
-    "recompute_layers offload_layers offload_modules overlap tp_overlap ep_overlap delay_wgrad profile_steps",
+    "runtime": "device ranks seed threads recompute recompute_modules recompute_method recompute_layers "
+    "loss_chunk offload_layers offload_modules overlap tp_overlap ep_overlap delay_wgrad profile_steps",
 }
 
 

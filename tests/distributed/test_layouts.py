@@ -143,6 +143,24 @@ def test_recomputation_changes_no_bit(models: Any, layout: str, runtime: str) ->
     assert_identical(found, at_layout(folder, layout))
 
 
+@pytest.mark.parametrize(
+    ("variant", "layout", "packing"),
+    [
+        ("qwen3", "one rank", True),
+        pytest.param("qwen3", "TP2+SP", True, marks=pytest.mark.slow),
+        *(pytest.param("qwen3", layout, True, marks=pytest.mark.nightly) for layout in ("TP2", "PP2xVPP2", "DP2")),
+        *(pytest.param("qwen3", layout, False, marks=pytest.mark.nightly) for layout in ("one rank", "TP2+SP")),
+        pytest.param("llama-tied-odd-vocabulary", "TP2xPP2", True, marks=pytest.mark.nightly),
+        pytest.param("gemma2", "TP2+SP", True, marks=pytest.mark.nightly),  # logits are capped
+    ],
+)
+def test_logits_in_chunks(models: Any, variant: str, layout: str, packing: bool) -> None:
+    folder, section = models(variant), LAYOUTS[layout]
+    runtime = RuntimeSection(device="cpu", loss_chunk=16 * section.tp)
+    found = train(recipe_for(folder, section, packing=packing, runtime=runtime))
+    assert_same_run(found, at_layout(folder, "one rank"))
+
+
 def assert_identical(found: Trained, expected: Trained) -> None:
     assert found.losses == expected.losses
     assert found.gradients.keys() == expected.gradients.keys()

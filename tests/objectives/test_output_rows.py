@@ -11,7 +11,7 @@ import torch
 
 from mcore_swift import parallel
 from mcore_swift.data.batch import MicroBatch, Sequences
-from mcore_swift.recipe import ObjectiveSection, ParallelSection, Recipe
+from mcore_swift.recipe import ObjectiveSection, ParallelSection, Recipe, RuntimeSection
 from mcore_swift.training import output_rows
 from tests.distributed.harness import run_ranks
 from tests.distributed.rank_model import CPU, assert_close, open_model, recipe_for
@@ -84,6 +84,25 @@ def test_rows(models: Any, layout: str) -> None:
     else:  # the labels of each pack are shared out unevenly
         assert all(count % 16 == 0 and count < rows.PACK_LENGTH / 2 for rank in found for _, count in rank)
         assert [len(rank) for rank in found] == [2 * len(rows.PACKS)] * 2
+
+
+@pytest.mark.parametrize("layout", ["one rank", pytest.param("TP2+SP", marks=pytest.mark.nightly)])
+def test_no_more_logits_at_once_than_a_chunk(models: Any, layout: str) -> None:
+    """In the reference's pass once, in the policy's forward and again backward, the last chunk first or not."""
+    model = models("qwen3")
+    section, chunk = FORMS[layout], 16 * FORMS[layout].tp
+    recipe = recipe_for(model, section, adapter=with_adapter(model)[0], runtime=RuntimeSection(device="cpu"))
+    recipe = replace(recipe, objective=ObjectiveSection(name="dpo", reference="adapter_off"))
+    found = []
+    for runtime in (recipe.runtime, replace(recipe.runtime, loss_chunk=chunk)):
+        ranks = parallel.resolve(section, world_size=None).world_size
+        found.append(run_ranks(_rows, ranks, replace(recipe, runtime=runtime))[-1])
+    whole, parts = found
+    assert max(count for _, count in whole) > chunk and {count for _, count in parts} == {chunk}
+    alone = sum(count for graded, count in whole if graded and count == chunk)  # one chunk isn't made again
+    asked = [sum(count for graded, count in of if graded) for of in (whole, parts)]
+    assert asked[1] == 2 * asked[0] - alone
+    assert sum(count for graded, count in parts if not graded) == asked[0]
 
 
 def _rows(recipe: Recipe) -> list[tuple[bool, int]]:
