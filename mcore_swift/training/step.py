@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from mcore_swift import parallel
 from mcore_swift.data.batch import MicroBatch
+from mcore_swift.data.probes import apart
 from mcore_swift.objectives.objective import Answers, Distances, Objective, Scores
 from mcore_swift.training import balance, context
 from mcore_swift.training.matching import with_partners
@@ -198,21 +199,32 @@ def answer_logps(models: Sequence[Any], batches: list[MicroBatch]) -> list[Tenso
         return [found["logps"] for found in run_schedule(models, batches, score, forward_only=True)]
 
 
-def divergence(models: Sequence[Any], batches: list[MicroBatch], totals: Mapping[str, Tensor]) -> Tensor:
+def divergence(models: Sequence[Any], probes: list[MicroBatch], totals: Mapping[str, Tensor]) -> Tensor:
     """KTO's estimate of the policy's divergence from the reference: a float64 scalar, at least 0. Collective.
 
     The mean over the global batch's probes of log π − log π_ref (section 4.1 of arXiv:2402.01306); nothing is divided
-    before all ranks' sums are added. Only the last pipeline stage's value is right, and used.
+    before all ranks' sums are added. `probes`: this rank's parts of the micro-batches that hold them, `prepared`. Only
+    the last pipeline stage's value is right, and used.
     """
-    logps = answer_logps(models, batches)
-    total = torch.zeros((), dtype=torch.float64, device=batches[0].tokens.device)
-    for batch, found in zip(batches, logps, strict=False):
-        sequences = batch.sequences
-        if sequences is not None and sequences.probe is not None and sequences.ref_logps is not None:
-            total += ((found - sequences.ref_logps) * sequences.probe).double().sum()
+    logps = answer_logps(models, probes)
+    total = torch.zeros((), dtype=torch.float64, device=probes[0].tokens.device)
+    for batch, found in zip(probes, logps, strict=False):
+        if batch.sequences is not None and batch.sequences.ref_logps is not None:
+            total += (found - batch.sequences.ref_logps).double().sum()
     if logps:
         dist.all_reduce(total, group=parallel.dp_group())
     return (total / parallel.ranks().cp_size / totals["probes"].clamp(min=1)).clamp(min=0)
+
+
+def without_probes(batches: Sequence[MicroBatch]) -> tuple[Sequence[MicroBatch], Sequence[MicroBatch]]:
+    """(a step's whole micro-batches, those of its probes); none where there are no probes.
+
+    Only the first ones are trained: probes pass the models forward, once for the policy and once for the reference.
+    """
+    sequences, place = batches[0].sequences, parallel.ranks()
+    if sequences is None or sequences.probe is None:
+        return batches, []
+    return apart(batches, multiple=context.TOKENS_MULTIPLE * place.cp_size * place.tp_size)
 
 
 def prepared(
@@ -258,9 +270,10 @@ def train_step(
     if _needs_totals(objective, batches) or balance.has_losses(config):
         # First: a GPU's host would wait for the reference.
         totals = global_sizes(objective, batches, device)
+    batches, probes = without_probes(batches)
     mine = prepared(models, objective, reference, batches, device)
-    if objective.divergence:
-        totals["kl"] = divergence(models, mine, totals)
+    if probes:
+        totals["kl"] = divergence(models, prepared(models, objective, reference, probes, device), totals)
     balance.reset(models)
     balance.set_loss_weight(config, batches, device, count=totals.get(objective.unit))
     sums = run_schedule(models, mine, partial(score_loss, objective, totals), forward_only=False)
@@ -280,9 +293,10 @@ def eval_step(
 ) -> StepResult:
     """The loss of these micro-batches; nothing is changed."""
     totals = global_sizes(objective, batches, device) if _needs_totals(objective, batches) else {}
+    batches, probes = without_probes(batches)
     mine = prepared(models, objective, reference, batches, device)
-    if objective.divergence:
-        totals["kl"] = divergence(models, mine, totals)
+    if probes:
+        totals["kl"] = divergence(models, prepared(models, objective, reference, probes, device), totals)
     with evaluating(models):
         sums = run_schedule(models, mine, partial(score_loss, objective, totals), forward_only=True)
     return summarize(sums, batches, device)

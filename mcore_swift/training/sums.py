@@ -28,7 +28,7 @@ class StepResult:
     loss: float  # mean over what the objective counts: labels, pairs or answers
     metrics: dict[str, float]
     loss_tokens: int  # labels that count
-    tokens: int  # positions of the micro-batches, padding included (not what context parallelism adds)
+    tokens: int  # positions of the micro-batches, padding included (not probes, nor what context parallelism adds)
     sum_squared_lengths: float  # Σ document length², for attention FLOPs
     grad_norm: float = 0.0
     skipped: bool = False

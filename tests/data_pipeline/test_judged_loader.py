@@ -14,6 +14,7 @@ import torch
 from mcore_swift.data import streaming
 from mcore_swift.data.batch import MicroBatch, Sequences
 from mcore_swift.data.loader import LoaderShape, Wanted, build_loaders
+from mcore_swift.data.probes import apart
 from mcore_swift.data.validate import validate
 from mcore_swift.errors import InputError
 from mcore_swift.recipe import DataSection, SourceSection
@@ -73,6 +74,26 @@ def test_a_step_holds_the_same_answers_at_every_layout(build: Build, wanted: Wan
     for number in (0, 1, 5):
         assert step(number, 1, 1) == step(number, 2, 1) == step(number, 1, 4)
     assert step(1, 1, 1, True) == step(1, 2, 2, True)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_probes_apart_are_the_same_documents(build: Build, packing: bool):
+    shape = {"dp_size": 2, "dp_rank": 1, "micro_batch_size": 2, "global_batch_size": 16}
+    held_out = [SourceSection(path=str(Path(__file__).parent / "fixtures" / FILES[PROBED]))]
+    train, validation = build(PROBED, shape=shape, packing=packing, validation=held_out)
+    assert sequences(list(validation.batches())[-1][-1]).n == 0  # padding only
+    for step in (train.micro_batches(0), *validation.batches()):
+        whole = answers(step)
+        for found, probes in zip(apart(step, multiple=16), (False, True), strict=True):
+            assert answers(found) == [each for each in whole if each[2] is probes]
+            assert len({batch.tokens.shape[:1] if not packing else batch.tokens.shape for batch in found}) == 1
+            for batch in found:
+                assert batch.real is not None and not batch.real[batch.tokens == 0].any()
+                if packing:
+                    assert batch.cu_seqlens is not None and batch.cu_seqlens[-1] == batch.tokens.size(1)
+                    assert batch.tokens.size(1) % 16 == 0 and batch.max_seqlen == batch.cu_seqlens.diff().max()
+                else:
+                    assert batch.tokens.size(0) == 2
 
 
 def test_pairs_are_what_the_file_says(build: Build, tokenizer: Any, fixtures: Path):
