@@ -86,16 +86,16 @@ def implicit_reward(base: Path, adapter: Path, *, beta: float) -> Reward:
 
 
 def score(folder: Path) -> Reward:
-    """What a reward model gives."""
+    """What a reward model gives a chat as the template writes it, with what stands behind the end token, too."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
 
     def reward(prompt: str, answer: str) -> float:
-        ids, labels = tokens(tokenizer, prompt, answer)
+        ids, _ = tokens(tokenizer, prompt, answer)
         with torch.no_grad():
-            return float(model(input_ids=ids[:, : labels.stop]).logits[0, 0])
+            return float(model(input_ids=ids).logits[0, 0])
 
     return reward
 

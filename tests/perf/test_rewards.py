@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from perf import curves, rewards
-from perf.rewards import Figure, implicit_reward, of_labelled, of_pairs
+from perf.rewards import Figure, implicit_reward, of_labelled, of_pairs, score
 from tests.data_pipeline.conftest import tokenizer_folder  # noqa: F401  (fixtures)
 from tests.test_bad_runs import good_model, place, train  # noqa: F401
 
@@ -24,9 +24,9 @@ def labelled(n: int) -> dict[str, Any]:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("name", ["dpo", "kto"])
+@pytest.mark.parametrize("name", ["dpo", "kto", "rm"])
 def test_a_runs_own_rewards_are_those_of_peft(place: Path, name: str) -> None:  # noqa: F811
-    rows = [(pair if name == "dpo" else labelled)(n) for n in range(12)]
+    rows = [(labelled if name == "kto" else pair)(n) for n in range(12)]
     file, run = place / "rows.jsonl", place / "run"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     keys = ("--objective.name", name, "--data.train", str(file), "--data.validation", str(file))
@@ -34,11 +34,11 @@ def test_a_runs_own_rewards_are_those_of_peft(place: Path, name: str) -> None:  
     code, errors = train(place, *keys, *lora, "--data.sequence_length", "160")
     assert code == 0, errors
     evaluated = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
-    reward = implicit_reward(place / "model", run / "adapter", beta=0.1)
-    found: dict[str, Figure] = (of_pairs if name == "dpo" else of_labelled)(rows, reward)
+    reward = score(run / "hf") if name == "rm" else implicit_reward(place / "model", run / "adapter", beta=0.1)
+    found: dict[str, Figure] = (of_labelled if name == "kto" else of_pairs)(rows, reward)
     assert abs(evaluated["eval_margin"]) > 1e-3
     assert found["margin"][0] == pytest.approx(evaluated["eval_margin"], rel=1e-4)
-    if name == "dpo":
+    if name != "kto":
         assert found["accuracy"][0] == pytest.approx(evaluated["eval_accuracy"], rel=1e-6)
     else:
         assert found["reward of true answers"][0] == pytest.approx(evaluated["eval_reward_chosen"], rel=1e-4)
