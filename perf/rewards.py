@@ -134,9 +134,14 @@ def of_pairs(rows: Sequence[Row], reward: Reward) -> dict[str, Figure]:
 
 
 def of_labelled(rows: Sequence[Row], reward: Reward) -> dict[str, Figure]:
-    """Margin: by how much the mean reward of true answers is above that of false ones."""
-    rewards = [(bool(row["label"]), reward(row["prompt"], row["completion"])) for row in rows]
-    good, bad = ([value for label, value in rewards if label is wanted] for wanted in (True, False))
+    """Margin: by how much the mean reward of true answers is above that of false ones.
+
+    Where questions have both kinds of answers, also the mean over these questions: what is said of all answers to a
+    question alike is not in its error.
+    """
+    rewards = [(bool(row["label"]), row["prompt"], reward(row["prompt"], row["completion"])) for row in rows]
+    good, bad = ([value for label, _, value in rewards if label is wanted] for wanted in (True, False))
+    both = [values for values in _by_question(rewards) if all(values)]
     return {
         "true answers": (len(good), None),
         "false answers": (len(bad), None),
@@ -147,7 +152,25 @@ def of_labelled(rows: Sequence[Row], reward: Reward) -> dict[str, Figure]:
             math.hypot(_standard_error(good), _standard_error(bad)),
         ),
         "a true answer above a false one": (statistics.fmean((a > b) + (a == b) / 2 for a in good for b in bad), None),
+        **(_within(both) if len(both) > 1 else {}),
     }
+
+
+def _within(questions: Sequence[tuple[list[float], list[float]]]) -> dict[str, Figure]:
+    margins = [statistics.fmean(true) - statistics.fmean(false) for true, false in questions]
+    return {
+        "questions with both": (len(questions), None),
+        "margin within a question": (statistics.fmean(margins), _standard_error(margins)),
+        "true above false within a question": (statistics.fmean(margin > 0 for margin in margins), None),
+    }
+
+
+def _by_question(rewards: Sequence[tuple[bool, str, float]]) -> list[tuple[list[float], list[float]]]:
+    """The rewards of each question's true answers, and of its false ones."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for label, question, value in rewards:
+        found.setdefault(question, ([], []))[0 if label else 1].append(value)
+    return list(found.values())
 
 
 def _rule(rows: Sequence[Row], value: Callable[[str], float]) -> float:

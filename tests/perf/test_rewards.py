@@ -54,6 +54,21 @@ def test_statistics_of_known_rewards() -> None:
     )
 
 
+def test_margins_within_questions() -> None:
+    """What a question adds to the rewards of its answers is in the rewards' errors, not in that of the margin."""
+    values = {"a": (11.0, 10.0), "b": (-9.0, -12.0), "c": (0.5, 1.0)}
+    rows = [
+        {"prompt": question, "completion": str(number), "label": number == 0}
+        for question in values
+        for number in (0, 1)
+    ]
+    found = of_labelled(rows[:5], lambda question, answer: values[question][int(answer)])
+    assert found["questions with both"] == (2, None)
+    assert found["margin within a question"] == pytest.approx((2.0, 1.0))  # 1 and 3
+    assert found["true above false within a question"] == (1.0, None)
+    assert "questions with both" not in of_labelled(rows[:3] + rows[5:], lambda question, _: 1.0)
+
+
 @pytest.mark.slow
 def test_curves_show_training_and_held_out_data(tmp_path: Path) -> None:
     from matplotlib.image import imread
