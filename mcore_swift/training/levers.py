@@ -71,7 +71,6 @@ def config_fields(recipe: Recipe, *, overlap: bool) -> dict[str, object]:
         **precision_fields(recipe),
         **recompute_fields(recipe),
         **offload_fields(recipe),
-        "loss_chunk": recipe.runtime.loss_chunk,
         **overlap_fields(recipe, overlap=overlap),
     }
 

@@ -35,7 +35,6 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict_loader import load as load_in_place
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.utils.serialization import config as save_options
 
 from mcore_swift import parallel
 from mcore_swift.errors import DamagedCheckpoint, InputError, nearest
@@ -143,9 +142,7 @@ class PendingWrite:
 
     def write(self) -> None:
         """Writes and syncs this rank's file. No communication, nothing shared with training: made for a thread."""
-        # Torch's own CRC-32, of each tensor, is read by nobody, and costs as much again as ours of the whole file.
-        with save_options.patch({"save.compute_crc32": False}):  # type: ignore[attr-defined]
-            self.results = self.writer.write_data(self.plan, self.planner).wait()
+        self.results = self.writer.write_data(self.plan, self.planner).wait()
 
     @property
     def checksums(self) -> dict[str, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import threading
 import time
 from dataclasses import asdict, replace
@@ -297,9 +296,6 @@ def test_synchronous(model_folder: Path, tmp_path: Path) -> None:
     recipe = with_checkpoints(recipe_for(model_folder), tmp_path, asynchronous=False)
     path = tmp_path / "checkpoints" / "step-00000001"
     assert run_ranks(synchronous_rank, 1, recipe) == [(path, path, None)]
-    data = next(path.glob("*.distcp")).read_bytes()
-    entries = re.findall(rb"PK\x01\x02.{12}(.{4}).{26}archive/data/0", data, re.DOTALL)  # tensors, in torch's archives
-    assert entries and set(entries) == {bytes(4)}  # no CRC-32 beside ours
 
 
 # --- rectangles -------------------------------------------------------------------------------------------------------
