@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from perf.gpu_levers import NOTHING_SAVED
-from perf.gpu_spine import PARITY, compare, failure, losses, train
+from perf.gpu_spine import ONE_GPU, PARITY, compare, failure, losses, start_weights, train
 
 MODELS = PARITY.parent / "models"
 DENSE = ["--model.path", str(MODELS / "qwen3-0.6b"), "--model.overrides", '{"num_hidden_layers": 8}']
 EXPERTS = ["--model.path", str(MODELS / "qwen3-30b-a3b")]
 EXPERTS += ["--model.overrides", '{"num_hidden_layers": 3, "num_experts": 16}']
-ONE = ["--runtime.ranks", "1"]
 TWO = ["--runtime.ranks", "2"]
 FP8 = ["--precision.fp8", "tensorwise"]
 ROWS = ["--data.packing", "false"]
@@ -69,18 +68,9 @@ GROUPS = (
 
 def runs(group: Group) -> dict[str, list[str]]:
     """Name → keys of all runs of a group: one GPU, the same rounded elsewhere, and the layouts."""
-    found = {"one GPU": ONE, "one GPU, other rounding": [*ONE, *group.elsewhere]}
+    found = {"one GPU": ONE_GPU, "one GPU, other rounding": [*ONE_GPU, *group.elsewhere]}
     found |= {name: [*TWO, *keys] for name, keys in group.layouts.items()}
     return {name: [*group.common, *keys] for name, keys in found.items()}
-
-
-def start_weights(work: Path, model: Sequence[str], name: str, common: Sequence[str], gpu: int) -> Path:
-    """A Hugging Face folder of random weights, written by a run that hardly moves them."""
-    run = work / f"start_{name}"
-    still = ["--model.init", "random", "--schedule.steps", "1", "--schedule.warmup_steps", "0"]
-    still += ["--schedule.learning_rate", "1e-9", "--checkpoint.export", "true"]
-    train(PARITY, run, *model, *common, *ONE, *still, variables=on(gpu))
-    return run / "hf"
 
 
 def on(gpu: int) -> dict[str, str]:
@@ -123,9 +113,12 @@ def measure(
     single = [job for job in jobs if job[1].startswith("one GPU")]
     with ThreadPoolExecutor(at_once) as pool:
         made = pool.map(
-            lambda number: start_weights(work, models[number], str(number), common, number % GPUS), range(len(models))
+            lambda number: start_weights(
+                work / f"start_{number}", *models[number], *common, variables=on(number % GPUS)
+            ),
+            range(len(models)),
         )
-        weights = {model: str(folder) for model, folder in zip(models, made, strict=True)}
+        weights = dict(zip(models, made, strict=True))
 
         def run(job: tuple[Group, str, list[str]]) -> tuple[list[float], Path]:
             group, name, keys = job

@@ -116,7 +116,8 @@ def layouts(work: Path, tokenizer: str) -> list[dict[str, Any]]:
 
     One GPU with two packs a micro-batch shows what bf16 noise is: the same mathematics, rounded elsewhere.
     """
-    common = ["--model.tokenizer", tokenizer, "--model.path", start_weights(work, tokenizer)]
+    words = ["--model.tokenizer", tokenizer]
+    common = [*words, "--model.path", start_weights(work / "start", *words)]
     reference = losses(train(PARITY, work / "one", *common, *ONE_GPU))
     noise = losses(train(PARITY, work / "noise", *common, *ONE_GPU, "--schedule.micro_batch_size", "2"))
     rows = [compare("one GPU, micro-batch size 2 (the noise)", noise, reference)]
@@ -138,12 +139,11 @@ def fp8(work: Path, tokenizer: str) -> list[dict[str, Any]]:
     return rows
 
 
-def start_weights(work: Path, tokenizer: str) -> str:
-    """A Hugging Face folder of random weights, written by a run that hardly moves them."""
-    run = work / "start"
+def start_weights(run: Path, *keys: str, variables: Mapping[str, str] | None = None) -> str:
+    """A Hugging Face folder of random weights, written by a run on one GPU that hardly moves them."""
     if not (run / "hf").exists():
-        random = ["--model.init", "random", "--model.tokenizer", tokenizer, "--checkpoint.export", "true"]
-        train(PARITY, run, *ONE_GPU, *random, "--schedule.steps", "3", "--schedule.learning_rate", "1e-9")
+        still = ["--model.init", "random", "--schedule.steps", "3", "--schedule.learning_rate", "1e-9"]
+        train(PARITY, run, *ONE_GPU, *keys, *still, "--checkpoint.export", "true", variables=variables)
     return str(run / "hf")
 
 

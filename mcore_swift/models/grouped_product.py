@@ -6,7 +6,9 @@ makes new ones so, and Megatron's parameter buffers, which they move to, keep th
 that was registered last.
 
 Transformer Engine 2.20 asks cuBLAS once for each expert, and each time which kernel would be best: with 64 experts a
-call takes 5.7 ms of the process, which is several times what an H100 takes to compute it.
+call takes 5.7 ms of the process, which is several times what an H100 takes to compute it. But it adds a weight's
+gradient to the main gradient in float32; here a micro-batch's is rounded to the weight's dtype before, as Megatron does
+without that fusion.
 """
 
 from __future__ import annotations
@@ -164,4 +166,6 @@ _EMPTY: dict[tuple[torch.Size, torch.dtype, torch.device], Tensor] = {}
 def _unread(weight: Tensor) -> Tensor:
     """A tensor of the weight's shape that nobody reads, the same for all weights alike."""
     key = (weight.shape, weight.dtype, weight.device)
-    return _EMPTY.setdefault(key, torch.empty_like(weight, requires_grad=False)) if key not in _EMPTY else _EMPTY[key]
+    if key not in _EMPTY:
+        _EMPTY[key] = torch.empty_like(weight, requires_grad=False)
+    return _EMPTY[key]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from mcore_swift.models import grouped_product
-from mcore_swift.models.grouped_linear import weight_names
 from mcore_swift.models.grouped_product import ends_of, grouped_linear, in_line, rows_fit, stacked
 from mcore_swift.recipe import MoeSection, OptimizerSection, ParallelSection
 from tests.distributed.harness import in_fork, run_ranks
@@ -122,7 +121,6 @@ def copies_of_a_step(recipe: Any) -> tuple[int, int, int]:
     batches = micro_batches(recipe, model.source.vocab_size, ranks())
     step.train_step(model.models, model.optimizer, batches, OBJECTIVES["sft"], torch.device("cpu"))
     layers = sum(hasattr(module, "num_gemms") for module in model.models[0].modules()) // 2
-    assert weight_names(next(m for m in model.models[0].modules() if hasattr(m, "num_gemms")))[0] == "weight0"
     copied = sum(not in_line for in_line, is_weight in seen if is_weight)
     added = sum(in_line for in_line, is_weight in seen if not is_weight)
     return copied, added, layers * len(batches)
