@@ -299,9 +299,7 @@ def activate(chunks: Sequence[Any], adapter: str) -> None:
 
 def route(model: Any, numbers: torch.Tensor | None) -> None:
     """Says which adapter each position of the chunk's next forward pass takes (`Adapters.route`); wrapped or not."""
-    while hasattr(model, "module"):
-        model = model.module
-    if isinstance(found := getattr(model, "adapters", None), Adapters):
+    for found in _adapters_of([model]):
         found.route(numbers)
 
 
@@ -320,10 +318,11 @@ def disabled(models: Sequence[nn.Module]) -> Iterator[None]:
     `models`: this rank's chunks, wrapped or not. Not collective, but every rank of a pipeline has to do the same. After
     PiSSA, which has changed the weights, the adapters are what they started with: the base model but for rounding.
     """
-    found = [module for model in models for module in model.modules() if isinstance(module, Adapters)]
+    found = list(_adapters_of(models))
     assert found, "the model has no adapters"
     branches: list[Any] = [branch for adapters in found for branch in adapters.branches if branch.enabled]
-    starts = [(t.parameter, t.start) for adapters in found for t in adapters.tensors() if t.start is not None]
+    moved = [adapters for adapters in found if any(branch.start for branch in adapters.branches)]
+    starts = [(t.parameter, t.start) for adapters in moved for t in adapters.tensors() if t.start is not None]
     starts += [(tensor.parameter, tensor.base) for adapters in found for tensor in adapters.saved]
     trained = [parameter.data for parameter, _ in starts]
     try:
@@ -363,6 +362,7 @@ def steady(models: Sequence[Any]) -> Iterator[None]:
     layers = list(_frozen_layers(models)) if ends and not getattr(ddp, "overlap_grad_reduce", False) else []
     for layer in layers:
         layer.set_steady(True)
+    frozen.gather([layer for layer in layers if layer.steady and layer.a is not None])
     try:
         yield
     finally:
@@ -370,12 +370,18 @@ def steady(models: Sequence[Any]) -> Iterator[None]:
             layer.set_steady(False)
 
 
-def _frozen_layers(models: Sequence[Any]) -> Iterator[frozen.FrozenLinear]:
+def _adapters_of(models: Sequence[Any]) -> Iterator[Adapters]:
+    """Those of chunks, wrapped or not, that have any."""
     for model in models:
         while hasattr(model, "module"):
             model = model.module
         if isinstance(found := getattr(model, "adapters", None), Adapters):
-            yield from found.frozen
+            yield found
+
+
+def _frozen_layers(models: Sequence[Any]) -> Iterator[frozen.FrozenLinear]:
+    for found in _adapters_of(models):
+        yield from found.frozen
 
 
 def _check_site(rank: int, site: Site) -> None:

@@ -19,7 +19,7 @@ layer to be computed: with both of them, one pack of 4,096 tokens keeps an H100 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,8 @@ from mcore_swift.peft.eight_bit import EightBitWeight
 
 if TYPE_CHECKING:
     from mcore_swift.peft.lora import LoraBranch
+
+LINE = 128  # bytes that a GPU's cache holds together
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,13 @@ class FrozenLinear:
         self.added: Tensor | None = None  # the layer's bias, if it adds it
         self.handed: Tensor | None = None  # … and if it hands it on
         self.norm = Norm(branch.site.module.layer_norm_weight, branch.site.module.eps) if _has_norm(branch) else None  # type: ignore[arg-type]
-        self.wide: Tensor | None = None  # [W B]
+        self.wide: Tensor | None = None  # [W B], its rows a multiple of LINE bytes apart
         self.a: Tensor | None = None  # [parts · rank, columns]; None before the first call
         self.b: Tensor  # [rows, parts · rank]
-        self._places: list[Tensor] = []  # where each B belongs in it
+        self.places: list[Tensor] = []  # where each of `parameters` belongs in them
         self.steady = False  # from one call to the next
-        self._fresh = False  # a and b are up to date, as long as it is steady
+        self.gathered = False  # a and b are up to date, as long as it is steady
+        self._fresh = False  # … and the layer is given no parameter
         self._sums: tuple[Tensor, Tensor] | None = None  # of a's and b's gradients
 
     def alone(self) -> bool:
@@ -122,7 +125,10 @@ class FrozenLinear:
         self.added, self.handed = bias_of(self.site.module)
         if not self.branch.acts:
             return _FrozenLinear.apply(inputs, self, False), self.handed
-        self._gather()
+        if self.a is None:
+            self.make_room()
+        if not self.gathered:
+            gather([self])
         # What autograd is given no parameter of has to be reached through its inputs.
         self._fresh = self.steady and inputs.requires_grad
         every = [] if self._fresh else self.parameters()
@@ -135,7 +141,7 @@ class FrozenLinear:
 
     def set_steady(self, steady: bool) -> None:
         self.steady = steady and all(hasattr(parameter, "main_grad") for parameter in self.parameters())
-        self._fresh = False
+        self.gathered = self._fresh = False
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -161,22 +167,20 @@ class FrozenLinear:
                 total.add_(torch.mm(left.t(), right, out_dtype=total.dtype))
 
     @torch.no_grad()
-    def _gather(self) -> None:
-        """Brings A and B up to date; they may have changed since the last call."""
+    def make_room(self) -> None:
+        """Makes `a` and `b`, empty, and says where in them each parameter belongs."""
         branch, weight = self.branch, self.site.weight
-        if self.a is None:
-            width = branch.settings.rank * len(branch.lora_A)
-            if self._extends(width):
-                self.wide = torch.cat([weight.data, weight.new_zeros(weight.size(0), width)], dim=1)
-                weight.data = self.wide[:, : weight.size(1)]
-                self.b = self.wide[:, weight.size(1) :]
-            else:
-                self.b = weight.new_zeros(weight.size(0), width)
-            self._places = [branch.columns_of(part, self.b) for part in branch.parts]
-            self.a = weight.new_empty(width, weight.size(1))
-        torch.cat(list(branch.lora_A.values()), out=self.a)
-        for part, place in zip(branch.parts, self._places, strict=True):
-            place.copy_(branch.lora_B[part.leaf].view(place.shape))
+        width = branch.settings.rank * len(branch.lora_A)
+        if self._extends(width):
+            self.wide = rows_apart(weight, weight.size(0), weight.size(1) + width)
+            self.b = self.wide[:, weight.size(1) :]
+            self.b.zero_()
+            self.wide[:, : weight.size(1)] = weight.data
+            weight.data = self.wide[:, : weight.size(1)]
+        else:
+            self.b = weight.new_zeros(weight.size(0), width)
+        self.a = weight.new_empty(width, weight.size(1))
+        self.places = branch.shares(self.a, self.b)
 
     def _extends(self, width: int) -> bool:
         """Whether B is to stand beside the weight: rows then begin at multiples of 16 bytes, as matrix units want."""
@@ -189,6 +193,7 @@ class FrozenLinear:
         if self.wide is not None:
             self.site.weight.data = self.site.weight.data.contiguous()
         self.a = self.wide = None
+        self.gathered = False
 
     # --- the layer's own products -------------------------------------------------------------------------------------
 
@@ -217,7 +222,9 @@ class _FrozenLinear(torch.autograd.Function):
         wide = layer.wide if acts and preparation is not None else None
         whole = prepared = flat
         if preparation is not None:
-            whole = flat.new_empty(flat.size(0), width + (rank if wide is not None else 0))
+            whole = (
+                flat.new_empty(flat.size(0), width) if wide is None else rows_apart(flat, flat.size(0), width + rank)
+            )
             prepared = whole[:, :width]
             kept = preparation.forward(flat, prepared)
         if acts:
@@ -259,6 +266,26 @@ class _FrozenLinear(torch.autograd.Function):
                 shares = layer.branch.shares(low_grad.t() @ prepared, grad.t() @ low)
                 own = [share.reshape(p.shape) for share, p in zip(shares, layer.parameters(), strict=True)]
         return back.view(*grads[0].shape[:-1], back.size(-1)), None, None, *own
+
+
+@torch.no_grad()
+def gather(layers: Sequence[FrozenLinear]) -> None:
+    """Brings `a` and `b` of all these layers up to date, since A and B may have changed, in one call."""
+    pairs = [zip(layer.places, layer.parameters(), strict=True) for layer in layers]
+    every = [(place, parameter.view(place.shape)) for own in pairs for place, parameter in own]
+    # Those without gaps between their rows are copied by a few kernels, if no others are among them.
+    for dense in (True, False):
+        chosen = [pair for pair in every if pair[0].is_contiguous() == dense]
+        if chosen:
+            torch._foreach_copy_(*zip(*chosen, strict=True))  # type: ignore[attr-defined]
+    for layer in layers:
+        layer.gathered = layer.steady
+
+
+def rows_apart(like: Tensor, rows: int, columns: int) -> Tensor:
+    """An empty [rows, columns] of the dtype and device of `like`, its rows a multiple of LINE bytes apart."""
+    numbers = LINE // like.element_size()
+    return like.new_empty(rows, -(-columns // numbers) * numbers)[:, :columns]
 
 
 def fits(branch: LoraBranch) -> bool:

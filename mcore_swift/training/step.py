@@ -176,12 +176,20 @@ def run_schedule(
 def evaluating(models: Sequence[Any]) -> Iterator[None]:
     """The models without dropout, back in training mode afterwards."""
     for model in models:
-        model.eval()
+        _set_training(model, False)
     try:
         yield
     finally:
         for model in models:
-            model.train()
+            _set_training(model, True)
+
+
+def _set_training(model: torch.nn.Module, mode: bool) -> None:
+    """Module.train, which takes a process several milliseconds for a large model: a reference's pass begins with it."""
+    vars(model)["training"] = mode
+    for child in model._modules.values():
+        if child is not None:
+            _set_training(child, mode)
 
 
 @torch.no_grad()
