@@ -10,7 +10,8 @@ are put together once, and their gradients are summed in float32 by the products
 adds them to Megatron's main gradients. Otherwise every call looks at A and B anew, and autograd gets the gradients.
 
 In BF16, where y is written anyway, B stands beside W in one matrix, [W B], and scaling · y Aᵀ beside y: then the
-forward pass of the branch is a few more columns of the layer's own product.
+forward pass of the branch is a few more columns of the layer's own product. If there are more columns than rows, A
+stands below W, too, and scaling · g B beside a copy of the gradient g, which is smaller than the input's.
 
 Autograd would do the same in many more steps, and a layer of Transformer Engine takes longer to be called than such a
 layer to be computed: with both of them, one pack of 4,096 tokens keeps an H100 waiting for its process.
@@ -21,7 +22,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,6 +99,7 @@ class FrozenLinear:
         self.handed: Tensor | None = None  # … and if it hands it on
         self.norm = Norm(branch.site.module.layer_norm_weight, branch.site.module.eps) if _has_norm(branch) else None  # type: ignore[arg-type]
         self.wide: Tensor | None = None  # [W B], its rows a multiple of LINE bytes apart
+        self.tall: Tensor | None = None  # [W; A], if it is in the same memory
         self.a: Tensor | None = None  # [parts · rank, columns]; None before the first call
         self.b: Tensor  # [rows, parts · rank]
         self.places: list[Tensor] = []  # where each of `parameters` belongs in them
@@ -131,16 +133,18 @@ class FrozenLinear:
             gather([self])
         # What autograd is given no parameter of has to be reached through its inputs.
         self._fresh = self.steady and inputs.requires_grad
-        every = [] if self._fresh else self.parameters()
+        every = [] if self._fresh else self.parameters
         return _FrozenLinear.apply(inputs, self, True, *every), self.handed
 
+    @cached_property
     def parameters(self) -> list[nn.Parameter]:
+        """The branch's A, and its B in the order of its parts. (A ParameterDict takes long to be asked.)"""
         return [*self.branch.lora_A.values(), *self.branch.lora_B.values()]
 
     # --- the branch's matrices, in one piece --------------------------------------------------------------------------
 
     def set_steady(self, steady: bool) -> None:
-        self.steady = steady and all(hasattr(parameter, "main_grad") for parameter in self.parameters())
+        self.steady = steady and all(hasattr(parameter, "main_grad") for parameter in self.parameters)
         self.gathered = self._fresh = False
 
     @torch.no_grad()
@@ -149,7 +153,7 @@ class FrozenLinear:
         if self._sums is None:
             return
         shares = self.branch.shares(*self._sums)
-        mains: Any = [parameter.main_grad for parameter in self.parameters()]  # type: ignore[attr-defined]
+        mains: Any = [parameter.main_grad for parameter in self.parameters]  # type: ignore[attr-defined]
         views = [main.view(share.shape) for main, share in zip(mains, shares, strict=True)]
         torch._foreach_add_(views, shares)  # type: ignore[attr-defined]
         self._sums = None
@@ -158,7 +162,7 @@ class FrozenLinear:
         """Adds low_gradᵀ prepared to the sum of A's gradients, and gradᵀ low to that of B's."""
         assert self.a is not None
         if self._sums is None:
-            kind: torch.dtype = self.parameters()[0].main_grad.dtype  # type: ignore[attr-defined]
+            kind: torch.dtype = self.parameters[0].main_grad.dtype  # type: ignore[attr-defined]
             self._sums = (torch.zeros_like(self.a, dtype=kind), self.b.new_zeros(self.b.shape, dtype=kind))
         for total, left, right in zip(self._sums, (low_grad, grad), (prepared, low), strict=True):
             if total.dtype == left.dtype:
@@ -171,15 +175,19 @@ class FrozenLinear:
         """Makes `a` and `b`, empty, and says where in them each parameter belongs."""
         branch, weight = self.branch, self.site.weight
         width = branch.settings.rank * len(branch.lora_A)
+        rows, columns = weight.shape
         if self._extends(width):
-            self.wide = rows_apart(weight, weight.size(0), weight.size(1) + width)
-            self.b = self.wide[:, weight.size(1) :]
+            below = width if columns > rows else 0
+            room = rows_apart(weight, rows + below, columns + width)
+            self.wide, self.b = room[:rows], room[:rows, columns:]
             self.b.zero_()
-            self.wide[:, : weight.size(1)] = weight.data
-            weight.data = self.wide[:, : weight.size(1)]
+            self.wide[:, :columns] = weight.data
+            weight.data = self.wide[:, :columns]
+            if below:
+                self.tall = room[:, :columns]
         else:
-            self.b = weight.new_zeros(weight.size(0), width)
-        self.a = weight.new_empty(width, weight.size(1))
+            self.b = weight.new_zeros(rows, width)
+        self.a = weight.new_empty(width, columns) if self.tall is None else self.tall[rows:]
         self.places = branch.shares(self.a, self.b)
 
     def _extends(self, width: int) -> bool:
@@ -192,7 +200,7 @@ class FrozenLinear:
         """The weight is alone again: the layer's own call may not take one with gaps between its rows."""
         if self.wide is not None:
             self.site.weight.data = self.site.weight.data.contiguous()
-        self.a = self.wide = None
+        self.a = self.wide = self.tall = None
         self.gathered = False
 
     # --- the layer's own products -------------------------------------------------------------------------------------
@@ -201,6 +209,22 @@ class FrozenLinear:
         """[tokens, columns] → [tokens, rows], without the bias."""
         held = getattr(self.site.module, "quantized_weight", None)
         return held.product(inputs) if isinstance(held, EightBitWeight) else torch.mm(inputs, self.site.values().t())
+
+    def gradients(self, grad: Tensor, low: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """grad [tokens, rows] → the gradients of what W and A multiply, [tokens, columns], and of `low`, which B does.
+
+        Without the branch, `low` is None, and so is the latter.
+        """
+        if low is None or self.a is None:
+            return self.input_gradient(grad), None
+        scaling = self.branch.settings.scaling
+        if self.tall is None:
+            low_grad = torch.empty_like(low).addmm_(grad, self.b, beta=0, alpha=scaling)
+            return self.input_gradient(grad).addmm_(low_grad, self.a), low_grad
+        beside = rows_apart(grad, len(grad), self.tall.size(0))
+        beside[:, : grad.size(1)] = grad
+        low_grad = beside[:, grad.size(1) :].addmm_(grad, self.b, beta=0, alpha=scaling)
+        return torch.mm(beside, self.tall), low_grad
 
     def input_gradient(self, grad: Tensor) -> Tensor:
         """[tokens, rows] → [tokens, columns]."""
@@ -249,12 +273,7 @@ class _FrozenLinear(torch.autograd.Function):
         saved: tuple[Any, ...] = ctx.saved_tensors
         flat, kept, low = saved
         grad = grads[0].flatten(0, -2).contiguous()
-        back = layer.input_gradient(grad)
-        low_grad = None
-        if low is not None:
-            assert layer.a is not None
-            low_grad = torch.empty_like(low).addmm_(grad, layer.b, beta=0, alpha=layer.branch.settings.scaling)
-            back.addmm_(low_grad, layer.a)
+        back, low_grad = layer.gradients(grad, low)
         prepared: Any = flat
         if ctx.preparation is not None:
             back, prepared = ctx.preparation.backward(back, flat, kept)
@@ -264,14 +283,14 @@ class _FrozenLinear(torch.autograd.Function):
                 layer.accumulate(low_grad, prepared, grad, low)
             else:
                 shares = layer.branch.shares(low_grad.t() @ prepared, grad.t() @ low)
-                own = [share.reshape(p.shape) for share, p in zip(shares, layer.parameters(), strict=True)]
+                own = [share.reshape(p.shape) for share, p in zip(shares, layer.parameters, strict=True)]
         return back.view(*grads[0].shape[:-1], back.size(-1)), None, None, *own
 
 
 @torch.no_grad()
 def gather(layers: Sequence[FrozenLinear]) -> None:
     """Brings `a` and `b` of all these layers up to date, since A and B may have changed, in one call."""
-    pairs = [zip(layer.places, layer.parameters(), strict=True) for layer in layers]
+    pairs = [zip(layer.places, layer.parameters, strict=True) for layer in layers]
     every = [(place, parameter.view(place.shape)) for own in pairs for place, parameter in own]
     # Those without gaps between their rows are copied by a few kernels, if no others are among them.
     for dense in (True, False):

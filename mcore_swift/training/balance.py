@@ -42,7 +42,10 @@ def routers(models: Sequence[torch.nn.Module]) -> list[Any]:
     return [module for model in models for module in model.modules() if isinstance(module, Router)]
 
 
-def reset(models: Sequence[torch.nn.Module]) -> None:
+def reset(config: Any, models: Sequence[torch.nn.Module]) -> None:
+    """Begins a step's sums anew."""
+    if config.num_moe_experts is None:
+        return
     for router in routers(models):
         router.reset()
 

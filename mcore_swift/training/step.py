@@ -282,7 +282,7 @@ def train_step(
     mine = prepared(models, objective, reference, batches, device)
     if probes:
         totals["kl"] = divergence(models, prepared(models, objective, reference, probes, device), totals)
-    balance.reset(models)
+    balance.reset(config, models)
     balance.set_loss_weight(config, batches, device, count=totals.get(objective.unit))
     sums = run_schedule(models, mine, partial(score_loss, objective, totals), forward_only=False)
     updated, grad_norm, _ = cast(Any, optimizer).step()

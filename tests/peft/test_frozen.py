@@ -33,9 +33,9 @@ class NormedLinear(nn.Module):
 
     te_return_bias = False
 
-    def __init__(self, *, norm: bool, bias: str) -> None:
+    def __init__(self, *, norm: bool, bias: str, columns: int = COLUMNS) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(ROWS, COLUMNS), requires_grad=False)
+        self.weight = nn.Parameter(torch.randn(ROWS, columns), requires_grad=False)
         self.layer_norm_weight = nn.Parameter(torch.rand(COLUMNS) + 0.5, requires_grad=False) if norm else None
         self.use_bias = bias != "none"
         self.bias = nn.Parameter(torch.randn(ROWS if self.use_bias else 0), requires_grad=False)
@@ -112,12 +112,13 @@ def test_one_step_of_autograd_is_the_many(
     torch.testing.assert_close(fused(inputs)[0], by_autograd(branch, module, inputs), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("beside", [False, True])
-def test_swiglu_before_the_layer(beside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("beside", "columns"), [(False, 32), (True, 32), (False, 80), (True, 80)])
+def test_swiglu_before_the_layer(beside: bool, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more columns than rows, A stands below the weight where B stands beside it."""
     monkeypatch.setattr(FrozenLinear, "_extends", lambda self, width: beside)
-    module = NormedLinear(norm=False, bias="none")
+    module = NormedLinear(norm=False, bias="none", columns=columns)
     branch = branch_on(module, SETTINGS, ("q", "k", "v"))
-    inputs, weights = torch.randn(5, 3, 2 * COLUMNS, requires_grad=True), torch.randn(5, 3, ROWS)
+    inputs, weights = torch.randn(5, 3, 2 * columns, requires_grad=True), torch.randn(5, 3, ROWS)
     module.return_layernorm_output = False
     wanted = [inputs, *branch.parameters()]
     gate, up = inputs.chunk(2, dim=-1)
@@ -126,6 +127,7 @@ def test_swiglu_before_the_layer(beside: bool, monkeypatch: pytest.MonkeyPatch) 
     fused = FrozenLinear(branch, single=lambda: True)
     fused.gated = True
     found = fused(inputs)[0]
+    assert (fused.tall is not None) == (beside and columns > ROWS)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     for grad, other in zip(
         torch.autograd.grad((found * weights).sum(), wanted),
@@ -177,7 +179,7 @@ def test_an_expert_that_gets_no_tokens() -> None:
 def test_gradients_are_not_summed_where_they_are_reduced_early(early: bool) -> None:
     module = NormedLinear(norm=True, bias="none")
     fused = FrozenLinear(branch_on(module, SETTINGS, ("q",)), single=lambda: True)
-    for parameter in fused.parameters():
+    for parameter in fused.parameters:
         parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
     chunk: Any = nn.Module()
     chunk.adapters = adapters.Adapters()
@@ -186,7 +188,37 @@ def test_gradients_are_not_summed_where_they_are_reduced_early(early: bool) -> N
     chunk.ddp_config = SimpleNamespace(overlap_grad_reduce=early)
     with adapters.steady([chunk]):
         assert fused.steady == (not early)
+        assert not fused.gathered  # it wasn't called yet
     assert not fused.steady
+
+
+def test_adapters_are_put_together_once_for_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step with what the optimizer has made of them: as a layer of its own computes with the same parameters."""
+    monkeypatch.setattr(FrozenLinear, "_extends", lambda self, width: True)
+    chunk: Any = nn.Module()
+    chunk.adapters = adapters.Adapters()
+    for columns in (32, 80):
+        module = NormedLinear(norm=True, bias="none", columns=columns)
+        module.layer_norm_weight = nn.Parameter(torch.ones(columns), requires_grad=False)
+        fused = FrozenLinear(branch_on(module, SETTINGS, ("q", "v")), single=lambda: True)
+        chunk.adapters.frozen.append(fused)
+        for parameter in fused.parameters:
+            parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
+    chunk.config = SimpleNamespace(finalize_model_grads_func=adapters.CollectAndFinalize(lambda *_: None))
+    for step in range(3):
+        with adapters.steady([chunk]):
+            for fused in chunk.adapters.frozen:
+                assert fused.gathered == (step > 0)
+                inputs = torch.randn(5, fused.site.weight.size(1), requires_grad=True)
+                out = fused(inputs)[0]
+                assert fused.gathered
+                normed = nn.functional.rms_norm(inputs, inputs.shape[1:], eps=fused.norm.eps)  # type: ignore[union-attr]
+                delta = fused.branch.all_b() @ fused.branch.all_a() * SETTINGS.scaling
+                torch.testing.assert_close(out, normed @ (fused.site.weight + delta).t(), rtol=1e-11, atol=1e-11)
+        with torch.no_grad():
+            for fused in chunk.adapters.frozen:
+                for parameter in fused.parameters:
+                    parameter += torch.randn_like(parameter)
 
 
 def test_it_steps_aside(monkeypatch: pytest.MonkeyPatch) -> None:
