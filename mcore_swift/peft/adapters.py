@@ -18,6 +18,7 @@ from mcore_swift.errors import InputError
 from mcore_swift.models.grouped_product import ends_of
 from mcore_swift.peft import frozen, saved
 from mcore_swift.peft.grouped import GroupedBranch, joined
+from mcore_swift.peft.heads import join_heads
 from mcore_swift.peft.lora import LoraBranch, LoraSettings
 from mcore_swift.peft.peft_config import DEFAULT
 from mcore_swift.peft.sites import Part, Site, find_sites
@@ -253,6 +254,7 @@ def attach(
             chunk.adapters = Adapters()
             chunk.adapters.saved_rules, chunk.adapters.saved = in_full, saved.train(chunk, in_full)
             make_first_activation_differentiable(chunk)
+            join_heads(chunk)
             if next(chunk.parameters()).is_cuda:
                 frozen.lighten_norms(chunk)
         chunk.adapters.add(adapter, _joined(branches))

@@ -47,7 +47,7 @@ class Norm:
     def forward(self, inputs: Tensor, out: Tensor) -> Tensor:
         """inputs [rows, n] → out, alike; returns what `backward` wants to know of it."""
         if inputs.is_cuda:
-            return _kernels().norm(inputs, self.weight, self.eps, out)
+            return kernels().norm(inputs, self.weight, self.eps, out)
         reciprocal = (inputs.square().mean(-1, keepdim=True) + self.eps).rsqrt()
         out.copy_(inputs * reciprocal * self.weight)
         return reciprocal
@@ -55,7 +55,7 @@ class Norm:
     def backward(self, grad: Tensor, inputs: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient of the inputs from that of `out`, and `out` again."""
         if inputs.is_cuda:
-            return _kernels().norm_backward(grad, inputs, self.weight, kept, again=True)
+            return kernels().norm_backward(grad, inputs, self.weight, kept, again=True)
         unit, scaled = inputs * kept, grad * self.weight
         return kept * (scaled - unit * (scaled * unit).mean(-1, keepdim=True)), unit * self.weight
 
@@ -67,7 +67,7 @@ class Swiglu:
     def forward(self, inputs: Tensor, out: Tensor) -> None:
         """inputs [rows, 2 · n] → out [rows, n]."""
         if inputs.is_cuda:
-            _kernels().swiglu(inputs, out)
+            kernels().swiglu(inputs, out)
             return
         gate, up = inputs.chunk(2, dim=-1)
         out.copy_(nn.functional.silu(gate) * up)
@@ -75,7 +75,7 @@ class Swiglu:
     def backward(self, grad: Tensor, inputs: Tensor, kept: None) -> tuple[Tensor, Tensor]:
         """The gradient of the inputs from that of `out`, and `out` again."""
         if inputs.is_cuda:
-            return _kernels().swiglu_backward(grad, inputs)
+            return kernels().swiglu_backward(grad, inputs)
         gate, up = inputs.chunk(2, dim=-1)
         share = gate.sigmoid()
         silu = gate * share
@@ -337,7 +337,7 @@ def bias_of(module: Any) -> tuple[Tensor | None, Tensor | None]:
     return (None, bias) if handed else (bias, None)
 
 
-def _kernels() -> Any:
+def kernels() -> Any:
     return importlib.import_module("mcore_swift.peft.kernels")
 
 
@@ -380,7 +380,7 @@ class _FrozenNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         flat, kept = ctx.saved_tensors
         grad = grads[0].reshape(flat.shape).contiguous()
-        return _kernels().norm_backward(grad, flat, ctx.norm.weight, kept, again=False)[0].view(grads[0].shape), None
+        return kernels().norm_backward(grad, flat, ctx.norm.weight, kept, again=False)[0].view(grads[0].shape), None
 
 
 def lighten_norms(chunk: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Triton kernels for what a frozen linear layer does to its input first: RMSNorm, or SwiGLU.
+"""Triton kernels for what a frozen linear layer does to its input first, RMSNorm or SwiGLU, and for heads of attention.
 
 Numbers are loaded in their own dtype, computed in float32 and rounded once. A backward kernel gives the prepared input
 again beside the gradient, for that costs one write more, and keeping it would cost its memory until then.
@@ -77,6 +77,70 @@ def _swiglu_backward(grad, u, du, h, width, BLOCK: tl.constexpr):
     tl.store(h + row * width + column, (silu * up).to(h.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _heads(
+    x,
+    q_weight,
+    k_weight,
+    q,
+    k,
+    v,
+    reciprocal,
+    rows,
+    n,
+    eps,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    numbers = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    group, head = (numbers // (QUERIES + 2)).to(tl.int64)[:, None], (numbers % (QUERIES + 2))[:, None]
+    row, column = numbers[:, None].to(tl.int64), tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < n)
+    value = tl.load(x + row * n + column, mask=inside, other=0.0).to(tl.float32)
+    root = tl.rsqrt(tl.sum(value * value, 1) / n + eps)
+    of_queries = tl.load(q_weight + column, mask=column < n, other=0.0).to(tl.float32)
+    of_keys = tl.load(k_weight + column, mask=column < n, other=0.0).to(tl.float32)
+    normed = (value * root[:, None] * tl.where(head < QUERIES, of_queries, of_keys)).to(q.dtype.element_ty)
+    tl.store(q + (group * QUERIES + head) * n + column, normed, mask=inside & (head < QUERIES))
+    tl.store(k + group * n + column, normed, mask=inside & (head == QUERIES))
+    tl.store(v + group * n + column, value.to(v.dtype.element_ty), mask=inside & (head == QUERIES + 1))
+    tl.store(reciprocal + numbers, root, mask=numbers < rows)
+
+
+@triton.jit
+def _heads_backward(
+    dq,
+    dk,
+    dv,
+    x,
+    q_weight,
+    k_weight,
+    reciprocal,
+    dx,
+    rows,
+    n,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    numbers = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    group, head = (numbers // (QUERIES + 2)).to(tl.int64)[:, None], (numbers % (QUERIES + 2))[:, None]
+    row, column = numbers[:, None].to(tl.int64), tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (column < n)
+    root = tl.load(reciprocal + numbers, mask=numbers < rows, other=0.0)[:, None]
+    unit = tl.load(x + row * n + column, mask=inside, other=0.0).to(tl.float32) * root
+    of_queries = tl.load(q_weight + column, mask=column < n, other=0.0).to(tl.float32)
+    of_keys = tl.load(k_weight + column, mask=column < n, other=0.0).to(tl.float32)
+    grad = tl.load(dq + (group * QUERIES + head) * n + column, mask=inside & (head < QUERIES), other=0.0).to(tl.float32)
+    grad += tl.load(dk + group * n + column, mask=inside & (head == QUERIES), other=0.0).to(tl.float32)
+    scaled = grad * tl.where(head < QUERIES, of_queries, of_keys)
+    mean = tl.sum(scaled * unit, 1)[:, None] / n
+    of_values = tl.load(dv + group * n + column, mask=inside & (head == QUERIES + 1), other=0.0).to(tl.float32)
+    found = tl.where(head == QUERIES + 1, of_values, root * (scaled - unit * mean))
+    tl.store(dx + row * n + column, found.to(dx.dtype.element_ty), mask=inside)
+
+
 @cache
 def _rows_a_program(n: int) -> dict[str, Any]:
     block = triton.next_power_of_2(n)
@@ -121,3 +185,30 @@ def swiglu_backward(grad: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     du, h = torch.empty_like(u), torch.empty_like(grad)
     _swiglu_backward[(rows, triton.cdiv(width, GATES))](grad, u, du, h, width, BLOCK=GATES, num_warps=8)
     return du, h
+
+
+def heads(x: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """x [groups, queries + 2, n] → q [groups, queries, n] and k [groups, 1, n], normed, and v; all contiguous.
+
+    Returns 1 / root mean square of all rows of x, float32 [groups, queries + 2, 1].
+    """
+    groups, both, n = x.shape
+    reciprocal = torch.empty(groups, both, 1, dtype=torch.float32, device=x.device)
+    sizes = _rows_a_program(n)
+    grid = (triton.cdiv(groups * both, sizes["ROWS"]),)
+    _heads[grid](x, q_weight, k_weight, q, k, v, reciprocal, groups * both, n, eps, QUERIES=both - 2, **sizes)
+    return reciprocal
+
+
+def heads_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, x: Tensor, q_weight: Tensor, k_weight: Tensor, reciprocal: Tensor
+) -> Tensor:
+    """The gradient of x from those of q, k and v; all contiguous."""
+    groups, both, n = x.shape
+    dx = torch.empty_like(x)
+    sizes = _rows_a_program(n)
+    grid = (triton.cdiv(groups * both, sizes["ROWS"]),)
+    _heads_backward[grid](
+        dq, dk, dv, x, q_weight, k_weight, reciprocal, dx, groups * both, n, QUERIES=both - 2, **sizes
+    )
+    return dx
