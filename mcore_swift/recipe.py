@@ -272,7 +272,7 @@ class RuntimeSection(_Strict):
     tp_overlap: bool = False  # overlap TP communication with the matrix products it feeds (user buffers)
     ep_overlap: bool = False  # overlap one micro-batch's expert exchange with another's compute (combined 1F1B)
     delay_wgrad: bool = False  # with ep_overlap: weight gradients later, to hide more of the exchange
-    profile_steps: list[int] = field(default_factory=list)  # steps traced with the torch profiler
+    profile_steps: list[int] = field(default_factory=list)  # steps traced with torch's profiler, see perf/trace.py
 
 
 @dataclass(frozen=True, kw_only=True)
