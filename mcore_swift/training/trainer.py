@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mcore_swift import parallel, stop
 from mcore_swift.data.loader import LoaderShape, Wanted, build_loaders
@@ -182,7 +182,8 @@ class Trainer:
 
     def _loop(self) -> None:
         recipe = self.recipe
-        saved = evaluated = self.step
+        saved = self.step
+        evaluated = self.step if self.step < self.total_steps else -1  # a run that stopped at its end may have to
         early = self.stop.agreed(self.device)
         if early:  # it came while everything was loaded: what is saved already is all there is
             raise StopRequested(f"{signal.Signals(early).name} was received before step {self.step + 1}")
@@ -195,24 +196,27 @@ class Trainer:
                 self._evaluate()
                 evaluated = self.step
             self._committed()
-            asked = self.stop.agreed(self.device)
-            if asked:
-                if saved != self.step:
-                    self._save()
-                self._finish_saves()
-                where = (
-                    f"; checkpoint saved after step {self.step}"
-                    if self.checkpoints
-                    else "; nothing is saved without checkpoint.dir"
-                )
-                raise StopRequested(f"{signal.Signals(asked).name} was received{where}")
-        if self.eval_loader is not None and evaluated != self.step:
-            self._evaluate()
+            if asked := self.stop.agreed(self.device):
+                self._leave(asked, saved=saved)
+        if self.eval_loader is not None and evaluated != self.step and (asked := self._evaluate()):
+            self._leave(asked, saved=saved)  # whoever goes on from there evaluates, and exports
         if self.checkpoints and recipe.checkpoint.final and saved != self.step:
             self._save()
         self._finish_saves()
         if self.run_dir and recipe.checkpoint.export:
             self._export(self.run_dir)
+
+    def _leave(self, asked: int, *, saved: int) -> NoReturn:
+        """Raises StopRequested for that signal, with the step saved. `saved`: the step that was saved last."""
+        if saved != self.step:
+            self._save()
+        self._finish_saves()
+        where = (
+            f"checkpoint saved after step {self.step}"
+            if self.checkpoints
+            else "nothing is saved without checkpoint.dir"
+        )
+        raise StopRequested(f"{signal.Signals(asked).name} was received; {where}")
 
     def _step(self) -> None:
         if self.step + 1 in self.recipe.schedule.skip_steps:
@@ -256,18 +260,22 @@ class Trainer:
             self.platform.synchronize()
         trace.export_chrome_trace(str(folder / f"step-{number:08d}.rank-{dist.get_rank():05d}.json"))
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> int:
+        """Evaluates, and returns 0; or the signal that asks to stop, which may come while there is much left to do."""
         if self.eval_loader is None:
-            return
+            return 0
         self._tell("on_phase", "evaluate")
         means = Means()
         for number, batches in enumerate(self.eval_loader.batches()):
             if number == self.recipe.schedule.eval_batches:
                 break
+            if asked := self.stop.agreed(self.device):
+                return asked
             means.add(eval_step(self.model.models, batches, self.objective, self.device, self.reference))
         if not means.tally:
             raise InputError("data.validation: not one token of the validation data counts for the loss")
         self._tell("on_eval", self.step, {f"eval_{name}": value for name, value in means.values().items()})
+        return 0
 
     # --- saving -------------------------------------------------------------------------------------------------------
 

@@ -50,6 +50,31 @@ def test_stop_and_go_on(place: Path, number: signal.Signals) -> None:  # noqa: F
     assert (place / "run" / "hf" / "model.safetensors").is_file()
 
 
+def stop_in_evaluation(argv: list[str]) -> tuple[int, str, str]:
+    """Runs the command; TERM comes when the first batch is evaluated."""
+    from mcore_swift.training import trainer
+
+    own = trainer.eval_step
+    trainer.eval_step = lambda *words: (os.kill(os.getpid(), signal.SIGTERM), own(*words))[1]
+    return command(argv, {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interval", ["2", "0"])
+def test_stop_in_the_last_evaluation(place: Path, interval: str) -> None:  # noqa: F811
+    """It is left, the step is saved, and whoever goes on evaluates and exports."""
+    validation = ["--data.validation", str(place / "chats.jsonl"), "--schedule.eval_interval", interval]
+    argv = ["train", str(place / "recipe.yaml"), "--checkpoint.interval", "0", *validation]
+    code, _, errors = run_ranks(stop_in_evaluation, 1, argv)[0]
+    assert code == 75 and "SIGTERM was received; checkpoint saved after step 2" in errors, errors
+    metrics = place / "run" / "metrics.jsonl"
+    assert "eval_loss" not in metrics.read_text() and not (place / "run" / "hf").exists()
+    code, _, errors = run_ranks(command, 1, argv, {})[0]
+    assert code == 0, errors
+    assert metrics.read_text().count("eval_loss") == 1
+    assert (place / "run" / "hf" / "model.safetensors").is_file()
+
+
 @pytest.mark.slow
 def test_steps_can_be_profiled(place: Path) -> None:  # noqa: F811
     argv = ["train", str(place / "recipe.yaml"), "--runtime.profile_steps", "[2]", "--parallel.pp", "2"]
