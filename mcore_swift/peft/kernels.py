@@ -78,6 +78,18 @@ def _swiglu_backward(grad, u, du, h, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _head_rows(q_weight, k_weight, rows, n, QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's rows, their group and place in it, the columns, which of all that there is, and each row's weight."""
+    numbers = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    group, head = (numbers // (QUERIES + 2)).to(tl.int64)[:, None], (numbers % (QUERIES + 2))[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (numbers[:, None] < rows) & (column < n)
+    of_queries = tl.load(q_weight + column, mask=column < n, other=0.0).to(tl.float32)
+    of_keys = tl.load(k_weight + column, mask=column < n, other=0.0).to(tl.float32)
+    return numbers, group, head, column, inside, tl.where(head < QUERIES, of_queries, of_keys)
+
+
+@triton.jit
 def _heads(
     x,
     q_weight,
@@ -93,15 +105,11 @@ def _heads(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    numbers = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    group, head = (numbers // (QUERIES + 2)).to(tl.int64)[:, None], (numbers % (QUERIES + 2))[:, None]
-    row, column = numbers[:, None].to(tl.int64), tl.arange(0, BLOCK)[None, :]
-    inside = (row < rows) & (column < n)
-    value = tl.load(x + row * n + column, mask=inside, other=0.0).to(tl.float32)
+    numbers, group, head, column, inside, scale = _head_rows(q_weight, k_weight, rows, n, QUERIES, ROWS, BLOCK)
+    place = numbers[:, None].to(tl.int64) * n + column
+    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
     root = tl.rsqrt(tl.sum(value * value, 1) / n + eps)
-    of_queries = tl.load(q_weight + column, mask=column < n, other=0.0).to(tl.float32)
-    of_keys = tl.load(k_weight + column, mask=column < n, other=0.0).to(tl.float32)
-    normed = (value * root[:, None] * tl.where(head < QUERIES, of_queries, of_keys)).to(q.dtype.element_ty)
+    normed = (value * root[:, None] * scale).to(q.dtype.element_ty)
     tl.store(q + (group * QUERIES + head) * n + column, normed, mask=inside & (head < QUERIES))
     tl.store(k + group * n + column, normed, mask=inside & (head == QUERIES))
     tl.store(v + group * n + column, value.to(v.dtype.element_ty), mask=inside & (head == QUERIES + 1))
@@ -124,21 +132,17 @@ def _heads_backward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    numbers = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    group, head = (numbers // (QUERIES + 2)).to(tl.int64)[:, None], (numbers % (QUERIES + 2))[:, None]
-    row, column = numbers[:, None].to(tl.int64), tl.arange(0, BLOCK)[None, :]
-    inside = (row < rows) & (column < n)
+    numbers, group, head, column, inside, scale = _head_rows(q_weight, k_weight, rows, n, QUERIES, ROWS, BLOCK)
+    place = numbers[:, None].to(tl.int64) * n + column
     root = tl.load(reciprocal + numbers, mask=numbers < rows, other=0.0)[:, None]
-    unit = tl.load(x + row * n + column, mask=inside, other=0.0).to(tl.float32) * root
-    of_queries = tl.load(q_weight + column, mask=column < n, other=0.0).to(tl.float32)
-    of_keys = tl.load(k_weight + column, mask=column < n, other=0.0).to(tl.float32)
+    unit = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * root
     grad = tl.load(dq + (group * QUERIES + head) * n + column, mask=inside & (head < QUERIES), other=0.0).to(tl.float32)
     grad += tl.load(dk + group * n + column, mask=inside & (head == QUERIES), other=0.0).to(tl.float32)
-    scaled = grad * tl.where(head < QUERIES, of_queries, of_keys)
+    scaled = grad * scale
     mean = tl.sum(scaled * unit, 1)[:, None] / n
     of_values = tl.load(dv + group * n + column, mask=inside & (head == QUERIES + 1), other=0.0).to(tl.float32)
     found = tl.where(head == QUERIES + 1, of_values, root * (scaled - unit * mean))
-    tl.store(dx + row * n + column, found.to(dx.dtype.element_ty), mask=inside)
+    tl.store(dx + place, found.to(dx.dtype.element_ty), mask=inside)
 
 
 @cache

@@ -183,7 +183,8 @@ class Trainer:
     def _loop(self) -> None:
         recipe = self.recipe
         saved = self.step
-        evaluated = self.step if self.step < self.total_steps else -1  # a run that stopped at its end may have to
+        # A run that was stopped behind its last step may not have been evaluated there.
+        evaluated = self.step if self.step < self.total_steps else -1
         early = self.stop.agreed(self.device)
         if early:  # it came while everything was loaded: what is saved already is all there is
             raise StopRequested(f"{signal.Signals(early).name} was received before step {self.step + 1}")
