@@ -4,8 +4,8 @@ Numbers are loaded in their own dtype, computed in float32 and rounded once. A b
 again beside the gradient, for that costs one write more, and keeping it would cost its memory until then.
 """
 
-# Launching a kernel adds arguments, and makes constants of numbers:
-# pyright: reportCallIssue=false, reportArgumentType=false
+# Launching a kernel adds arguments, and makes constants of numbers; only within kernels may one be called:
+# pyright: reportCallIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _swiglu_backward(grad, u, du, h, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _head_rows(q_weight, k_weight, rows, n, QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _head_rows(q_weight, k_weight, rows, n, QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr) -> Any:
     """A program's rows, their group and place in it, the columns, which of all that there is, and each row's weight."""
     numbers = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     group, head = (numbers // (QUERIES + 2)).to(tl.int64)[:, None], (numbers % (QUERIES + 2))[:, None]
