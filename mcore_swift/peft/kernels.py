@@ -78,15 +78,40 @@ def _swiglu_backward(grad, u, du, h, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _head_rows(q_weight, k_weight, rows, n, QUERIES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr) -> Any:
-    """A program's rows, their group and place in it, the columns, which of all that there is, and each row's weight."""
+def _head_rows(
+    q_weight,
+    k_weight,
+    cosines,
+    sines,
+    rows,
+    n,
+    QUERIES: tl.constexpr,
+    TURNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> Any:
+    """Of a program's rows: their numbers, group and place in it, where their first halves begin, which numbers there
+    are, the norm's weights of both halves, and the angles' cosines and sines (of no angle for values).
+
+    TURNS: groups of a token; 0: nothing is turned.
+    """
     numbers = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    group, head = (numbers // (QUERIES + 2)).to(tl.int64)[:, None], (numbers % (QUERIES + 2))[:, None]
-    column = tl.arange(0, BLOCK)[None, :]
-    inside = (numbers[:, None] < rows) & (column < n)
-    of_queries = tl.load(q_weight + column, mask=column < n, other=0.0).to(tl.float32)
-    of_keys = tl.load(k_weight + column, mask=column < n, other=0.0).to(tl.float32)
-    return numbers, group, head, column, inside, tl.where(head < QUERIES, of_queries, of_keys)
+    row, column = numbers[:, None].to(tl.int64), tl.arange(0, BLOCK)[None, :]
+    group, head = row // (QUERIES + 2), row % (QUERIES + 2)
+    inside = (row < rows) & (column < n // 2)
+    first = tl.load(q_weight + column, mask=column < n // 2, other=0.0).to(tl.float32)
+    second = tl.load(q_weight + n // 2 + column, mask=column < n // 2, other=0.0).to(tl.float32)
+    key_first = tl.load(k_weight + column, mask=column < n // 2, other=0.0).to(tl.float32)
+    key_second = tl.load(k_weight + n // 2 + column, mask=column < n // 2, other=0.0).to(tl.float32)
+    first = tl.where(head < QUERIES, first, key_first)
+    second = tl.where(head < QUERIES, second, key_second)
+    cosine = tl.full((ROWS, BLOCK), 1.0, tl.float32)
+    sine = tl.full((ROWS, BLOCK), 0.0, tl.float32)
+    if TURNS > 0:
+        angle = group // TURNS * (n // 2) + column
+        cosine = tl.load(cosines + angle, mask=inside & (head <= QUERIES), other=1.0)
+        sine = tl.load(sines + angle, mask=inside & (head <= QUERIES), other=0.0)
+    return numbers, group, head, row * n + column, column, inside, first, second, cosine, sine
 
 
 @triton.jit
@@ -94,6 +119,8 @@ def _heads(
     x,
     q_weight,
     k_weight,
+    cosines,
+    sines,
     q,
     k,
     v,
@@ -102,17 +129,26 @@ def _heads(
     n,
     eps,
     QUERIES: tl.constexpr,
+    TURNS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    numbers, group, head, column, inside, scale = _head_rows(q_weight, k_weight, rows, n, QUERIES, ROWS, BLOCK)
-    place = numbers[:, None].to(tl.int64) * n + column
-    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    root = tl.rsqrt(tl.sum(value * value, 1) / n + eps)
-    normed = (value * root[:, None] * scale).to(q.dtype.element_ty)
-    tl.store(q + (group * QUERIES + head) * n + column, normed, mask=inside & (head < QUERIES))
-    tl.store(k + group * n + column, normed, mask=inside & (head == QUERIES))
-    tl.store(v + group * n + column, value.to(v.dtype.element_ty), mask=inside & (head == QUERIES + 1))
+    numbers, group, head, place, column, inside, first, second, cosine, sine = _head_rows(
+        q_weight, k_weight, cosines, sines, rows, n, QUERIES, TURNS, ROWS, BLOCK
+    )
+    low = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(x + place + n // 2, mask=inside, other=0.0).to(tl.float32)
+    root = tl.rsqrt(tl.sum(low * low + high * high, 1) / n + eps)
+    value = inside & (head == QUERIES + 1)
+    tl.store(v + group * n + column, low.to(v.dtype.element_ty), mask=value)
+    tl.store(v + group * n + n // 2 + column, high.to(v.dtype.element_ty), mask=value)
+    low, high = low * root[:, None] * first, high * root[:, None] * second
+    found, other = low * cosine - high * sine, high * cosine + low * sine
+    query, key = inside & (head < QUERIES), inside & (head == QUERIES)
+    tl.store(q + (group * QUERIES + head) * n + column, found.to(q.dtype.element_ty), mask=query)
+    tl.store(q + (group * QUERIES + head) * n + n // 2 + column, other.to(q.dtype.element_ty), mask=query)
+    tl.store(k + group * n + column, found.to(k.dtype.element_ty), mask=key)
+    tl.store(k + group * n + n // 2 + column, other.to(k.dtype.element_ty), mask=key)
     tl.store(reciprocal + numbers, root, mask=numbers < rows)
 
 
@@ -124,25 +160,38 @@ def _heads_backward(
     x,
     q_weight,
     k_weight,
+    cosines,
+    sines,
     reciprocal,
     dx,
     rows,
     n,
     QUERIES: tl.constexpr,
+    TURNS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    numbers, group, head, column, inside, scale = _head_rows(q_weight, k_weight, rows, n, QUERIES, ROWS, BLOCK)
-    place = numbers[:, None].to(tl.int64) * n + column
+    numbers, group, head, place, column, inside, first, second, cosine, sine = _head_rows(
+        q_weight, k_weight, cosines, sines, rows, n, QUERIES, TURNS, ROWS, BLOCK
+    )
     root = tl.load(reciprocal + numbers, mask=numbers < rows, other=0.0)[:, None]
-    unit = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * root
-    grad = tl.load(dq + (group * QUERIES + head) * n + column, mask=inside & (head < QUERIES), other=0.0).to(tl.float32)
-    grad += tl.load(dk + group * n + column, mask=inside & (head == QUERIES), other=0.0).to(tl.float32)
-    scaled = grad * scale
-    mean = tl.sum(scaled * unit, 1)[:, None] / n
-    of_values = tl.load(dv + group * n + column, mask=inside & (head == QUERIES + 1), other=0.0).to(tl.float32)
-    found = tl.where(head == QUERIES + 1, of_values, root * (scaled - unit * mean))
-    tl.store(dx + place, found.to(dx.dtype.element_ty), mask=inside)
+    low = tl.load(x + place, mask=inside, other=0.0).to(tl.float32) * root
+    high = tl.load(x + place + n // 2, mask=inside, other=0.0).to(tl.float32) * root
+    query, key, value = inside & (head < QUERIES), inside & (head == QUERIES), inside & (head == QUERIES + 1)
+    of_query, of_group = (group * QUERIES + head) * n + column, group * n + column
+    # A row belongs to one of the three; the others' loads give 0.
+    grad = tl.load(dq + of_query, mask=query, other=0.0).to(tl.float32)
+    grad += tl.load(dk + of_group, mask=key, other=0.0).to(tl.float32)
+    other = tl.load(dq + of_query + n // 2, mask=query, other=0.0).to(tl.float32)
+    other += tl.load(dk + of_group + n // 2, mask=key, other=0.0).to(tl.float32)
+    grad, other = (grad * cosine + other * sine) * first, (other * cosine - grad * sine) * second
+    mean = tl.sum(grad * low + other * high, 1)[:, None] / n
+    of_values = tl.load(dv + of_group, mask=value, other=0.0).to(tl.float32)
+    other_values = tl.load(dv + of_group + n // 2, mask=value, other=0.0).to(tl.float32)
+    grad = tl.where(head == QUERIES + 1, of_values, root * (grad - low * mean))
+    other = tl.where(head == QUERIES + 1, other_values, root * (other - high * mean))
+    tl.store(dx + place, grad.to(dx.dtype.element_ty), mask=inside)
+    tl.store(dx + place + n // 2, other.to(dx.dtype.element_ty), mask=inside)
 
 
 @cache
@@ -191,28 +240,48 @@ def swiglu_backward(grad: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return du, h
 
 
-def heads(x: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """x [groups, queries + 2, n] → q [groups, queries, n] and k [groups, 1, n], normed, and v; all contiguous.
+Angles = tuple[Tensor, Tensor]  # cosines and sines, float32 [tokens, n / 2], contiguous
 
-    Returns 1 / root mean square of all rows of x, float32 [groups, queries + 2, 1].
+
+def heads(
+    x: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, angles: Angles | None, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """x [groups, queries + 2, n] → q [groups, queries, n] and k [groups, 1, n], normed and turned, and v; contiguous.
+
+    Groups: of all tokens, in order. None: nothing is turned. Returns 1 / root mean square of all rows of x, float32
+    [groups, queries + 2, 1].
     """
-    groups, both, n = x.shape
+    groups, both, _ = x.shape
     reciprocal = torch.empty(groups, both, 1, dtype=torch.float32, device=x.device)
-    sizes = _rows_a_program(n)
-    grid = (triton.cdiv(groups * both, sizes["ROWS"]),)
-    _heads[grid](x, q_weight, k_weight, q, k, v, reciprocal, groups * both, n, eps, QUERIES=both - 2, **sizes)
+    grid, sizes = _sizes_of_heads(x, angles)
+    turned = (x, x) if angles is None else angles
+    _heads[grid](x, q_weight, k_weight, *turned, q, k, v, reciprocal, groups * both, x.size(2), eps, **sizes)
     return reciprocal
 
 
 def heads_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, x: Tensor, q_weight: Tensor, k_weight: Tensor, reciprocal: Tensor
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    x: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    angles: Angles | None,
+    reciprocal: Tensor,
 ) -> Tensor:
     """The gradient of x from those of q, k and v; all contiguous."""
     groups, both, n = x.shape
     dx = torch.empty_like(x)
-    sizes = _rows_a_program(n)
-    grid = (triton.cdiv(groups * both, sizes["ROWS"]),)
-    _heads_backward[grid](
-        dq, dk, dv, x, q_weight, k_weight, reciprocal, dx, groups * both, n, QUERIES=both - 2, **sizes
-    )
+    grid, sizes = _sizes_of_heads(x, angles)
+    turned = (x, x) if angles is None else angles
+    _heads_backward[grid](dq, dk, dv, x, q_weight, k_weight, *turned, reciprocal, dx, groups * both, n, **sizes)
     return dx
+
+
+def _sizes_of_heads(x: Tensor, angles: Angles | None) -> tuple[Any, dict[str, Any]]:
+    groups, both, n = x.shape
+    block = triton.next_power_of_2(n // 2)
+    rows = max(1, NUMBERS // (2 * block))
+    turns = 0 if angles is None else groups // len(angles[0])
+    sizes = {"QUERIES": both - 2, "TURNS": turns, "ROWS": rows, "BLOCK": block, "num_warps": 8}
+    return (triton.cdiv(groups * both, rows),), sizes
