@@ -224,6 +224,7 @@ def build_chunks(
     from mcore_swift.models.layers import DecoderModel, ahead_spec, decoder_spec
     from mcore_swift.models.lean import lean_layers
     from mcore_swift.models.marks import correct_marks
+    from mcore_swift.models.quick_attention import quicken_attention
     from mcore_swift.models.windowed_rotary import set_windowed_rotary
 
     rotary, *windowed_rotary = rotary_tables(source.config)
@@ -253,6 +254,8 @@ def build_chunks(
         correct_marks(model)
         if source.family.group_rank is not None:
             rank_groups_by(model, source.family.group_rank)
+        if platform.layers == "transformer_engine":
+            quicken_attention(model)
         if platform.name == "cuda" and not config.init_model_with_meta_device:
             model.cuda()
         chunks.append(model.to(config.params_dtype))
