@@ -168,7 +168,7 @@ class FrozenLinear:
             if total.dtype == left.dtype:
                 total.addmm_(left.t(), right)
             else:
-                total.add_(torch.mm(left.t(), right, out_dtype=total.dtype))
+                torch.addmm(total, left.t(), right, out_dtype=total.dtype, out=total)
 
     @torch.no_grad()
     def make_room(self) -> None:

@@ -9,6 +9,7 @@ again beside the gradient, for that costs one write more, and keeping it would c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 NUMBERS = 4096  # of a program, about
 GATES = 2048
+WARPS = 8
 
 
 @triton.jit
@@ -195,9 +197,35 @@ def _heads_backward(
 
 
 @cache
-def _rows_a_program(n: int) -> dict[str, Any]:
-    block = triton.next_power_of_2(n)
-    return {"ROWS": max(1, NUMBERS // block), "BLOCK": block, "num_warps": 8}
+def _rows_a_program(n: int) -> tuple[int, int]:
+    """ROWS and BLOCK."""
+    block: Any = triton.next_power_of_2(n)
+    return max(1, NUMBERS // block), block
+
+
+_compiled: dict[tuple[Any, ...], Any] = {}  # what Triton made of a kernel for arguments of a kind
+
+
+def _start(kernel: Any, programs: tuple[Any, ...], arguments: Sequence[Any], constants: Sequence[Any]) -> None:
+    """kernel[programs](*arguments, *constants).
+
+    Triton looks anew at each argument and at its own settings, which takes longer than starting the kernel. It compiles
+    for dtypes, and for pointers and integers that are multiples of 16, or 1: arguments that agree in these take what it
+    compiled before.
+    """
+    kind = (kernel, *constants, *map(_kind, arguments))
+    grid = (*programs, 1, 1)[:3]
+    found = _compiled.get(kind)
+    if found is None:
+        _compiled[kind] = kernel[grid](*arguments, *constants, num_warps=WARPS)
+    else:
+        found[grid](*arguments, *constants)
+
+
+def _kind(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return argument if isinstance(argument, float) or argument < 16 else argument % 16 == 0
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, y: Tensor) -> Tensor:
@@ -207,9 +235,9 @@ def norm(x: Tensor, weight: Tensor, eps: float, y: Tensor) -> Tensor:
     """
     rows, n = x.shape
     reciprocal = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    sizes = _rows_a_program(n)
-    grid = (triton.cdiv(rows, sizes["ROWS"]),)
-    _norm[grid](x, weight, y, reciprocal, rows, n, x.stride(0), y.stride(0), eps, **sizes)
+    count, block = _rows_a_program(n)
+    arguments = (x, weight, y, reciprocal, rows, n, x.stride(0), y.stride(0), eps)
+    _start(_norm, (triton.cdiv(rows, count),), arguments, (count, block))
     return reciprocal
 
 
@@ -220,23 +248,23 @@ def norm_backward(
     rows, n = x.shape
     dx = torch.empty_like(x)
     y = torch.empty_like(x) if again else None
-    sizes = _rows_a_program(n)
-    grid = (triton.cdiv(rows, sizes["ROWS"]),)
-    _norm_backward[grid](grad, x, weight, reciprocal, dx, dx if y is None else y, rows, n, AGAIN=again, **sizes)
+    count, block = _rows_a_program(n)
+    arguments = (grad, x, weight, reciprocal, dx, dx if y is None else y, rows, n)
+    _start(_norm_backward, (triton.cdiv(rows, count),), arguments, (count, block, again))
     return dx, y
 
 
 def swiglu(u: Tensor, h: Tensor) -> None:
     """u [rows, 2 · width], gate and up → h [rows, width]; h's rows may be further apart than its width."""
     rows, width = h.shape
-    _swiglu[(rows, triton.cdiv(width, GATES))](u, h, width, h.stride(0), BLOCK=GATES, num_warps=8)
+    _start(_swiglu, (rows, triton.cdiv(width, GATES)), (u, h, width, h.stride(0)), (GATES,))
 
 
 def swiglu_backward(grad: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of u, and h again, from that of h; all contiguous."""
     rows, width = grad.shape
     du, h = torch.empty_like(u), torch.empty_like(grad)
-    _swiglu_backward[(rows, triton.cdiv(width, GATES))](grad, u, du, h, width, BLOCK=GATES, num_warps=8)
+    _start(_swiglu_backward, (rows, triton.cdiv(width, GATES)), (grad, u, du, h, width), (GATES,))
     return du, h
 
 
@@ -253,9 +281,9 @@ def heads(
     """
     groups, both, _ = x.shape
     reciprocal = torch.empty(groups, both, 1, dtype=torch.float32, device=x.device)
-    grid, sizes = _sizes_of_heads(x, angles)
     turned = (x, x) if angles is None else angles
-    _heads[grid](x, q_weight, k_weight, *turned, q, k, v, reciprocal, groups * both, x.size(2), eps, **sizes)
+    arguments = (x, q_weight, k_weight, *turned, q, k, v, reciprocal, groups * both, x.size(2), eps)
+    _start_heads(_heads, x, angles, arguments)
     return reciprocal
 
 
@@ -272,16 +300,15 @@ def heads_backward(
     """The gradient of x from those of q, k and v; all contiguous."""
     groups, both, n = x.shape
     dx = torch.empty_like(x)
-    grid, sizes = _sizes_of_heads(x, angles)
     turned = (x, x) if angles is None else angles
-    _heads_backward[grid](dq, dk, dv, x, q_weight, k_weight, *turned, reciprocal, dx, groups * both, n, **sizes)
+    arguments = (dq, dk, dv, x, q_weight, k_weight, *turned, reciprocal, dx, groups * both, n)
+    _start_heads(_heads_backward, x, angles, arguments)
     return dx
 
 
-def _sizes_of_heads(x: Tensor, angles: Angles | None) -> tuple[Any, dict[str, Any]]:
+def _start_heads(kernel: Any, x: Tensor, angles: Angles | None, arguments: Sequence[Any]) -> None:
     groups, both, n = x.shape
-    block = triton.next_power_of_2(n // 2)
-    rows = max(1, NUMBERS // (2 * block))
+    count, block = _rows_a_program(n // 2)
+    count = max(1, count // 2)
     turns = 0 if angles is None else groups // len(angles[0])
-    sizes = {"QUERIES": both - 2, "TURNS": turns, "ROWS": rows, "BLOCK": block, "num_warps": 8}
-    return (triton.cdiv(groups * both, rows),), sizes
+    _start(kernel, (triton.cdiv(groups * both, count),), arguments, (both - 2, turns, count, block))

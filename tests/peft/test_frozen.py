@@ -343,6 +343,49 @@ print("the same")
 """
 
 
+STARTED = """
+import torch
+from mcore_swift.peft import kernels
+
+class Kernel:
+    def __init__(self):
+        self.compiled = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, num_warps: self.compiled.append(arguments) or Compiled(arguments)
+
+class Compiled:
+    def __init__(self, first):
+        self.first = first
+
+    def __getitem__(self, grid):
+        return lambda *arguments: started.append((grid, arguments, self.first))
+
+started, kernel, room = [], Kernel(), torch.zeros(64)
+for arguments, constants in (
+    ((room, 4096, 0.5), (8,)),
+    ((room[16:], 3200, 0.5), (8,)),
+    ((room[1:], 4096, 0.5), (8,)),
+    ((room.bfloat16(), 4096, 0.5), (8,)),
+    ((room, 4097, 0.5), (8,)),
+    ((room, 1, 0.5), (8,)),
+    ((room, 4096, 0.25), (8,)),
+    ((room, 4096, 0.5), (24,)),
+):
+    kernels._start(kernel, (7,), arguments, constants)
+((grid, arguments, first),) = started
+assert grid == (7, 1, 1) and arguments[1:] == (3200, 0.5, 8) and first[1:] == (4096, 0.5, 8)
+assert len(kernel.compiled) == 7
+print("the same")
+"""
+
+
+def test_a_kernel_is_compiled_for_each_kind_of_arguments() -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", STARTED], capture_output=True, text=True)
+    assert done.stdout == "the same\n", done.stderr
+
+
 @pytest.mark.slow
 def test_kernels_in_tritons_interpreter() -> None:
     """Triton reads TRITON_INTERPRET when a kernel is defined, so this is a process of its own."""
