@@ -225,7 +225,9 @@ def _start(kernel: Any, programs: tuple[Any, ...], arguments: Sequence[Any], con
 def _kind(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
-    return argument if isinstance(argument, float) or argument < 16 else argument % 16 == 0
+    if isinstance(argument, float) or argument < 16:
+        return argument
+    return "a multiple" if argument % 16 == 0 else "another"
 
 
 def norm(x: Tensor, weight: Tensor, eps: float, y: Tensor) -> Tensor:
