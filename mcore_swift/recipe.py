@@ -106,6 +106,7 @@ class DataSection(_Strict):
     too_long: Literal["truncate", "drop", "error"] = "truncate"  # rows longer than sequence_length; counted either way
     truncate: Literal["answer_end", "prompt_start"] = "answer_end"  # what too long pairs and labelled answers lose
     equal_pairs: Literal["error", "drop"] = "error"  # pairs whose answers are the same; dropped ones are counted
+    share_prompts: bool = False  # of packed pairs: compute a prompt once for both answers, with the same result
     shuffle: bool = True  # another order each epoch, decided by runtime.seed
     streaming: bool = False  # for data larger than memory: never holds or caches the whole
     cache_dir: str | None = None  # tokenized cache; default: $MCORE_SWIFT_CACHE or ~/.cache/mcore_swift

@@ -61,14 +61,15 @@ class Case:
     always: bool = True
 
 
-def reference(name: str) -> list[str]:
-    return ["--objective.reference", name]
+def reference(name: str, *, share: bool = True) -> list[str]:
+    return ["--objective.reference", name, "--data.share_prompts", str(share).lower()]
 
 
 CASES = (
     Case("sft", "SFT", ["--objective.name", "sft"], rows="answers.jsonl"),
     Case("dpo", "DPO, adapter_off", reference("adapter_off"), most_time=1.4, most_gib=3, least_speed=1.7),
     Case("precomputed", "DPO, precomputed", reference("precomputed"), most_time=1.05, most_gib=3, least_speed=1.7),
+    Case("twice", "DPO, adapter_off, each prompt twice", reference("adapter_off", share=False), always=False),
     Case("fp8", "DPO, adapter_off, base in FP8", [*reference("adapter_off"), *FP8], always=False),
     Case("trl", "TRL"),
     Case("trl_checkpointing", "TRL, gradient checkpointing", ["--checkpointing", *WIDER], always=False),

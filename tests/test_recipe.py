@@ -336,6 +336,17 @@ CONTRADICTIONS = [
     ("--runtime.loss_chunk 100", "runtime.loss_chunk: found 100; tensor parallel ranks share a chunk out"),
     ("--runtime.loss_chunk 48 --parallel.tp 2", "make it a multiple of 16 x parallel.tp"),
     ("--runtime.loss_chunk 1024 --objective.name rm", "rm has no logits of all positions at once"),
+    ("--data.share_prompts true", "data.share_prompts: sft has no pairs of answers to the same prompt"),
+    ("--data.share_prompts true --objective.name kto", "use an objective of pairs: dpo, cpo, simpo, orpo, rm"),
+    ("--data.share_prompts true --objective.name dpo --data.packing false", "without packing each answer is in a row"),
+    ("--data.share_prompts true --objective.name dpo --parallel.cp 2", "context parallel ranks cut each document"),
+    ("--data.share_prompts true --objective.name simpo --adapter.name reft", "reft changes positions that it counts"),
+    ("--data.share_prompts true --objective.name cpo --model.mtp_loss_scale 0.1", "looks for each position's next"),
+    ("--data.share_prompts true --objective.name orpo --runtime.offload_layers 2", "it is not proved with"),
+    (
+        "--data.share_prompts true --objective.name rm --moe.dispatcher allgather --parallel.ep 2 --parallel.dp 2",
+        "allgather wants as many positions",
+    ),
     ("--runtime.loss_chunk 1024 --model.mtp_loss_scale 0.1", "the loss of multi-token prediction needs the logits"),
 ]
 

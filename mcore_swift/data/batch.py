@@ -44,6 +44,24 @@ class Sequences:
 
 
 @dataclass(frozen=True)
+class SharedPrompts:
+    """Which positions of packed documents are computed (`data.shared_prompts`), all int64.
+
+    rows: [whole], the computed position that each one of the whole documents is. positions: [s], where in the whole the
+    computed ones are. second: [m], positions of the whole whose computed one stands at another place, and second_rows:
+    [m], which that is; no number comes twice in either.
+    """
+
+    rows: torch.Tensor
+    positions: torch.Tensor
+    second: torch.Tensor
+    second_rows: torch.Tensor
+
+    def to(self, device: torch.device) -> SharedPrompts:
+        return SharedPrompts(**{name: values.to(device, non_blocking=True) for name, values in vars(self).items()})
+
+
+@dataclass(frozen=True)
 class MicroBatch:
     """Tokens already shifted: `labels[b, s]` is the token that follows `tokens[b, s]`.
 
@@ -60,6 +78,8 @@ class MicroBatch:
     Megatron's GPTModel; None: nothing does. Set on that part, too.
     `output_rows`: int64 [n], the positions, of all s · b as in [s, b], that pass the output layer; None: all. Set on
     that part, too.
+    `shared`: prompts are computed once; the micro-batch has the computed positions, and the `cu_seqlens` of the whole.
+    Set on that part, too.
     `weighted`: labels may have other weights than 1. All micro-batches of a data set say the same.
 
     A context parallel rank's part (`context_split.part_of`) has s / cp positions, and the `cu_seqlens` of the whole.
@@ -77,6 +97,7 @@ class MicroBatch:
     adapter: torch.Tensor | None = None
     compare: Callable[..., torch.Tensor] | None = None
     output_rows: torch.Tensor | None = None
+    shared: SharedPrompts | None = None
     weighted: bool = False
 
     def to(self, device: torch.device) -> MicroBatch:
@@ -96,5 +117,6 @@ class MicroBatch:
             adapter=move(self.adapter),
             compare=self.compare,
             output_rows=move(self.output_rows),
+            shared=None if self.shared is None else self.shared.to(device),
             weighted=self.weighted,
         )

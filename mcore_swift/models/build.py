@@ -225,6 +225,7 @@ def build_chunks(
     from mcore_swift.models.lean import lean_layers
     from mcore_swift.models.marks import correct_marks
     from mcore_swift.models.quick_attention import quicken_attention
+    from mcore_swift.models.shared_prompts import attend_whole_documents
     from mcore_swift.models.windowed_rotary import set_windowed_rotary
 
     rotary, *windowed_rotary = rotary_tables(source.config)
@@ -254,6 +255,8 @@ def build_chunks(
         correct_marks(model)
         if source.family.group_rank is not None:
             rank_groups_by(model, source.family.group_rank)
+        if config.share_prompts:
+            attend_whole_documents(model)
         if platform.layers == "transformer_engine":
             quicken_attention(model)
         if platform.name == "cuda" and not config.init_model_with_meta_device:

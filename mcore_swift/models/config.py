@@ -18,6 +18,7 @@ class DecoderFields:
     final_logit_softcapping: float | None = None  # the same for the output layer's logits
     embedding_scale: float | None = None  # embeddings are multiplied by it, rounded to their dtype
     loss_chunk: int = 0  # positions that pass the output layer at once, and again in backward; 0: all of them
+    share_prompts: bool = False  # prompts of pairs are computed once, see data.shared_prompts
     post_layernorm: bool = False  # a second norm after attention and after the MLP, before the residual is added
 
 

@@ -179,6 +179,13 @@ FOR_MODEL: list[Row[Run]] = [
         "lower it",
     ),
     Row(
+        "data.share_prompts",
+        "true, for a model with latent attention",
+        lambda r: r.recipe.data.share_prompts and r.latent_attention,
+        "queries, keys and values of {r.family} come from several products",
+        "leave it out",
+    ),
+    Row(
         "runtime.offload_layers",
         "all of the model's layers, or more",
         lambda r: r.recipe.runtime.offload_layers >= r.layers,

@@ -12,7 +12,7 @@ from mcore_swift.errors import InputError
 from mcore_swift.recipe import Recipe
 from mcore_swift.recipe_checks.adapter import ADAPTER
 from mcore_swift.recipe_checks.bounds import BOUNDS
-from mcore_swift.recipe_checks.data import DATA
+from mcore_swift.recipe_checks.data import DATA, SHARE_PROMPTS
 from mcore_swift.recipe_checks.distill import DISTILL
 from mcore_swift.recipe_checks.freezing import FREEZING
 from mcore_swift.recipe_checks.galore import GALORE
@@ -33,6 +33,7 @@ RECIPE_RULES: list[Row[Recipe]] = [
     *LAYOUT,
     *PIPELINE,
     *DATA,
+    *SHARE_PROMPTS,
     *SCHEDULE,
     *RUNTIME,
     *LEVERS,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from mcore_swift.recipe import Recipe
 from mcore_swift.recipe_checks.table import Row
 
+OF_PAIRS = ("dpo", "cpo", "simpo", "orpo", "rm")
+
 
 def _has_validation(recipe: Recipe) -> bool:
     return bool(recipe.data.validation or recipe.data.validation_split)
@@ -61,5 +63,60 @@ DATA: list[Row[Recipe]] = [
         lambda r: (r.schedule.eval_interval or r.schedule.eval_batches) and not _has_validation(r),
         "nothing to evaluate on",
         "set data.validation or data.validation_split",
+    ),
+]
+
+SHARE_PROMPTS: list[Row[Recipe]] = [
+    Row(
+        "data.share_prompts",
+        "true, with objective.name: sft, kto or distill",
+        lambda r: r.data.share_prompts and r.objective.name not in OF_PAIRS,
+        "{r.objective.name} has no pairs of answers to the same prompt",
+        "leave it out, or use an objective of pairs: " + ", ".join(OF_PAIRS),
+    ),
+    Row(
+        "data.share_prompts",
+        "true, with data.packing: false",
+        lambda r: r.data.share_prompts and not r.data.packing,
+        "without packing each answer is in a row of its own, beside its prompt",
+        "leave one of them out",
+    ),
+    Row(
+        "data.share_prompts",
+        "true, with parallel.cp",
+        lambda r: r.data.share_prompts and r.parallel.cp > 1,
+        "context parallel ranks cut each document by itself",
+        "leave it out, or use parallel.cp 1",
+    ),
+    Row(
+        "data.share_prompts",
+        "true, with adapter.name: reft",
+        lambda r: r.data.share_prompts and r.adapter.name == "reft",
+        "reft changes positions that it counts in each document",
+        "leave one of them out",
+    ),
+    Row(
+        "data.share_prompts",
+        "true, with model.mtp_loss_scale",
+        lambda r: r.data.share_prompts and r.model.mtp_loss_scale,
+        "multi-token prediction looks for each position's next ones",
+        "leave one of them out",
+    ),
+    Row(
+        "data.share_prompts",
+        "true, with runtime.tp_overlap, ep_overlap, offload_layers or offload_modules",
+        lambda r: (
+            r.data.share_prompts
+            and (r.runtime.tp_overlap or r.runtime.ep_overlap or r.runtime.offload_layers or r.runtime.offload_modules)
+        ),
+        "it is not proved with runtime.tp_overlap, ep_overlap, offload_layers and offload_modules",
+        "leave them or it out",
+    ),
+    Row(
+        "data.share_prompts",
+        "true, with moe.dispatcher: allgather",
+        lambda r: r.data.share_prompts and r.moe.dispatcher == "allgather" and r.parallel.ep > 1,
+        "allgather wants as many positions on all ranks, and their prompts have different lengths",
+        "use moe.dispatcher: alltoall",
     ),
 ]

@@ -129,6 +129,7 @@ def model_config(
         **levers.config_fields(recipe, overlap=overlap),
         **expert_fields(recipe.moe, source.family.read_config(source.config), device=platform.name),
         "loss_chunk": recipe.runtime.loss_chunk,
+        "share_prompts": recipe.data.share_prompts,
         "variable_seq_lengths": plan.pp > 1 and not recipe.data.fixed_length,
     }
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype_name(recipe, platform)]

@@ -47,14 +47,19 @@ def packed_params(batch: MicroBatch) -> PackedSeqParams | None:
     from megatron.core.packed_seq_params import PackedSeqParams
 
     padded = batch.cu_seqlens if parallel.ranks().cp_size > 1 else None
-    return PackedSeqParams(
+    kind: Any = PackedSeqParams
+    if batch.shared is not None:
+        from mcore_swift.models.shared_prompts import SharedParams
+
+        kind = partial(SharedParams, shared=batch.shared)
+    return kind(
         qkv_format="thd",
         cu_seqlens_q=batch.cu_seqlens,
         cu_seqlens_kv=batch.cu_seqlens,
-        cu_seqlens_q_padded=padded,  # type: ignore[arg-type]
-        cu_seqlens_kv_padded=padded,  # type: ignore[arg-type]
-        max_seqlen_q=batch.max_seqlen,  # type: ignore[arg-type]
-        max_seqlen_kv=batch.max_seqlen,  # type: ignore[arg-type]
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=batch.max_seqlen,
+        max_seqlen_kv=batch.max_seqlen,
     )
 
 
@@ -137,7 +142,8 @@ def answers_of(logps: Tensor, batch: MicroBatch) -> Answers | None:
 def parts(batches: Sequence[MicroBatch], device: torch.device, models: Sequence[Any] = ()) -> list[MicroBatch]:
     """What this rank computes of its micro-batches, on its device, with the positions that `models` ask for, and those
     that pass the output layer."""
-    shared = context.share(batches)
+    prompts = bool(models) and models[0].config.share_prompts
+    shared = context.share(batches, prompts=prompts)
     wanted = getattr(_adapters(models[0]), "wanted", None) if models else None
     if wanted is not None:
         marks = context.share([replace(batch, real=wanted(batch)) for batch in batches])
@@ -286,7 +292,7 @@ def train_step(
     balance.set_loss_weight(config, batches, device, count=totals.get(objective.unit))
     sums = run_schedule(models, mine, partial(score_loss, objective, totals), forward_only=False)
     updated, grad_norm, _ = cast(Any, optimizer).step()
-    result = summarize(sums, batches, device)
+    result = summarize(sums, batches, device, computed=mine)
     metrics = result.metrics | balance.metrics(config, models, device)
     return replace(result, metrics=metrics, grad_norm=float(grad_norm or 0.0), skipped=not updated)
 

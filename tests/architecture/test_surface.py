@@ -32,8 +32,8 @@ VERBS = {
 
 KEYS = {
     "model": "path init overrides tokenizer mtp_loss_scale trainable freeze",
-    "data": "train validation validation_split format packing sequence_length too_long truncate equal_pairs shuffle "
-    "streaming cache_dir chat_template adapter_field",
+    "data": "train validation validation_split format packing sequence_length too_long truncate equal_pairs "
+    "share_prompts shuffle streaming cache_dir chat_template adapter_field",
     "parallel": "tp pp vpp cp cp_comm_type hierarchical_cp ep etp dp sequence_parallel pipeline_layout "
     "first_stage_layers last_stage_layers account_embedding account_loss",
     "objective": "name loss losses beta gamma label_smoothing sft_weight f_divergence f_alpha ld_alpha discopop_tau "

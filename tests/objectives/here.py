@@ -49,6 +49,8 @@ def compute(
     adapter: AdapterSection | None = None,
     moe: MoeSection | None = None,
     margins: bool = False,
+    share_prompts: bool = False,
+    recompute: str = "none",
 ) -> dict[str, Found]:
     """Each case by name, at the layout. The reference of those that need one is built once, from the first's path.
 
@@ -56,7 +58,9 @@ def compute(
     """
     recipe = recipe_for(folder, layout, packing=packing, micro_batch_size=1, adapter=adapter, moe=moe)
     first = next(iter(cases.values()))  # decides whether the model has a score
-    recipe = replace(recipe, data=replace(recipe.data, sequence_length=rows.PACK_LENGTH), objective=first)
+    data = replace(recipe.data, sequence_length=rows.PACK_LENGTH, share_prompts=share_prompts)
+    runtime: Any = replace(recipe.runtime, recompute=recompute)
+    recipe = replace(recipe, data=data, objective=first, runtime=runtime)
     world_size = parallel.resolve(layout, world_size=None).world_size
     ranks = run_ranks(_rank, world_size, recipe, dict(cases), margins, timeout=300)
     for other in ranks[1:]:
