@@ -347,6 +347,7 @@ CONTRADICTIONS = [
         "--data.share_prompts true --objective.name rm --moe.dispatcher allgather --parallel.ep 2 --parallel.dp 2",
         "allgather wants as many positions",
     ),
+    ("--data.share_prompts true --objective.name dpo --moe.capacity_factor 1.5", "experts would drop other tokens"),
     ("--runtime.loss_chunk 1024 --model.mtp_loss_scale 0.1", "the loss of multi-token prediction needs the logits"),
 ]
 
@@ -372,6 +373,7 @@ def test_settings_that_go_together(tmp_path: Path) -> None:
         ["--precision.fp8=delayed", "--precision.dtype=bf16", "--precision.fp8_format=e4m3"],
         ["--checkpoint.dir=d", "--checkpoint.resume=never", "--checkpoint.overwrite=true", "--checkpoint.interval=5"],
         ["--adapter.name=lora", "--model.init=random", "--checkpoint.final=false", "--checkpoint.export=false"],
+        ["--objective.name=dpo", "--data.share_prompts=true", "--parallel.tp=2", "--parallel.pp=2", "--parallel.vpp=2"],
     ):
         check_recipe(load(tmp_path, SMALL, *options))
 

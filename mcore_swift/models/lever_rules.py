@@ -117,7 +117,25 @@ ON_CPU: list[Row[Run]] = [
     ),
 ]
 
+SHARING: list[Row[Run]] = [
+    Row(
+        "data.share_prompts",
+        "true, for a model with latent attention",
+        lambda r: r.recipe.data.share_prompts and r.latent_attention,
+        "queries, keys and values of {r.family} come from several products",
+        "leave it out",
+    ),
+    Row(
+        "data.share_prompts",
+        "true, for a model with dropout in its attention",
+        lambda r: r.recipe.data.share_prompts and r.fields.get("attention_dropout"),
+        "{r.family} has dropout in its attention here, and it would differ for the two copies of a prompt",
+        "leave it out",
+    ),
+]
+
 FOR_MODEL: list[Row[Run]] = [
+    *SHARING,
     Row(
         "optimizer.fsdp",
         "any, for a model with experts",
@@ -179,13 +197,6 @@ FOR_MODEL: list[Row[Run]] = [
         "lower it",
     ),
     Row(
-        "data.share_prompts",
-        "true, for a model with latent attention",
-        lambda r: r.recipe.data.share_prompts and r.latent_attention,
-        "queries, keys and values of {r.family} come from several products",
-        "leave it out",
-    ),
-    Row(
         "runtime.offload_layers",
         "all of the model's layers, or more",
         lambda r: r.recipe.runtime.offload_layers >= r.layers,
@@ -213,6 +224,15 @@ LEVER_RULES = [*ON_CPU, *FOR_MODEL]
 
 def check_levers(recipe: Recipe, plan: ParallelPlan, source: ModelSource, *, on_cpu: bool) -> None:
     """Raises InputError for a lever that can't work, or would do nothing, on this platform with this model."""
+    refuse(LEVER_RULES, _run(recipe, plan, source, on_cpu))
+
+
+def check_sharing(recipe: Recipe, plan: ParallelPlan, source: ModelSource) -> None:
+    """Raises InputError for a frozen model beside the trained one that can't take prompts that are computed once."""
+    refuse(SHARING, _run(recipe, plan, source, on_cpu=False))
+
+
+def _run(recipe: Recipe, plan: ParallelPlan, source: ModelSource, on_cpu: bool) -> Run:
     has_muon = importlib.util.find_spec("emerging_optimizers") is not None
     fields = source.family.read_config(source.config)
-    refuse(LEVER_RULES, Run(recipe, plan, on_cpu, fields, source.family.name, has_muon, source.tied))
+    return Run(recipe, plan, on_cpu, fields, source.family.name, has_muon, source.tied)

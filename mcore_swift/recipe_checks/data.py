@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from mcore_swift.recipe import Recipe
+from mcore_swift.recipe_checks.objective import PAIRED
 from mcore_swift.recipe_checks.table import Row
-
-OF_PAIRS = ("dpo", "cpo", "simpo", "orpo", "rm")
 
 
 def _has_validation(recipe: Recipe) -> bool:
@@ -69,10 +68,10 @@ DATA: list[Row[Recipe]] = [
 SHARE_PROMPTS: list[Row[Recipe]] = [
     Row(
         "data.share_prompts",
-        "true, with objective.name: sft, kto or distill",
-        lambda r: r.data.share_prompts and r.objective.name not in OF_PAIRS,
+        "true, with another objective.name than " + ", ".join(PAIRED),
+        lambda r: r.data.share_prompts and r.objective.name not in PAIRED,
         "{r.objective.name} has no pairs of answers to the same prompt",
-        "leave it out, or use an objective of pairs: " + ", ".join(OF_PAIRS),
+        "leave it out, or use an objective of pairs: " + ", ".join(PAIRED),
     ),
     Row(
         "data.share_prompts",
@@ -118,5 +117,12 @@ SHARE_PROMPTS: list[Row[Recipe]] = [
         lambda r: r.data.share_prompts and r.moe.dispatcher == "allgather" and r.parallel.ep > 1,
         "allgather wants as many positions on all ranks, and their prompts have different lengths",
         "use moe.dispatcher: alltoall",
+    ),
+    Row(
+        "data.share_prompts",
+        "true, with moe.capacity_factor",
+        lambda r: r.data.share_prompts and r.moe.capacity_factor is not None,
+        "experts would drop other tokens than without it, since what they take depends on how many there are",
+        "leave one of them out",
     ),
 ]

@@ -24,6 +24,8 @@ READS: dict[str, tuple[str, ...]] = {
 }
 # Whose model has a score in place of the output layer.
 SCORED = ("rm",)
+# Those of pairs: a preferred answer and another one to the same prompt.
+PAIRED = ("dpo", "cpo", "simpo", "orpo", "rm")
 # Losses that compare what has the same rank among all pairs of the global batch.
 SORTED = ("aot", "aot_unpaired")
 # The losses of each; the first is the default.

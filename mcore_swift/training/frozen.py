@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from mcore_swift.errors import InputError
 from mcore_swift.models.build import check_layout
+from mcore_swift.models.lever_rules import check_sharing
 from mcore_swift.parallel import ParallelPlan
 from mcore_swift.pipeline import PipelineWish
 from mcore_swift.recipe import ModelSection, MoeSection, Recipe, RuntimeSection
@@ -52,6 +53,7 @@ def frozen_model(recipe: Recipe, source: ModelSource, plan: ParallelPlan) -> Fro
     refuse(LESSON, Lesson(recipe, key, own.folder, own.vocab_size, source.folder, source.vocab_size))
     plan = _fitted(plan, own, source)
     check_layout(own, plan)
+    check_sharing(plain, plan, own)
     return FrozenModel(plain, own, plan)
 
 

@@ -66,13 +66,13 @@ def keep(
     found: list[Any] = []  # the frozen model, built for the first data set that isn't in the cache
 
     def compute(batches: list[MicroBatch]) -> list[Tensor]:
-        mine = step.parts(batches, platform.current_device(), models if off else ())
         if off:
+            mine = step.parts(batches, platform.current_device(), models)
             with disabled(models):
                 return step.answer_logps(models, mine)
         if not found:
             found.extend(build_frozen(recipe, source, platform))
-        return step.answer_logps(found, mine)
+        return step.answer_logps(found, step.parts(batches, platform.current_device(), found))
 
     def merge(values: np.ndarray) -> np.ndarray:
         merged = torch.from_numpy(values).to(platform.current_device())

@@ -139,12 +139,11 @@ def answers_of(logps: Tensor, batch: MicroBatch) -> Answers | None:
     return Answers(sums[0], sums[1], sums[2].detach(), sequences)
 
 
-def parts(batches: Sequence[MicroBatch], device: torch.device, models: Sequence[Any] = ()) -> list[MicroBatch]:
+def parts(batches: Sequence[MicroBatch], device: torch.device, models: Sequence[Any]) -> list[MicroBatch]:
     """What this rank computes of its micro-batches, on its device, with the positions that `models` ask for, and those
     that pass the output layer."""
-    prompts = bool(models) and models[0].config.share_prompts
-    shared = context.share(batches, prompts=prompts)
-    wanted = getattr(_adapters(models[0]), "wanted", None) if models else None
+    shared = context.share(batches, prompts=models[0].config.share_prompts)
+    wanted = getattr(_adapters(models[0]), "wanted", None)
     if wanted is not None:
         marks = context.share([replace(batch, real=wanted(batch)) for batch in batches])
         shared = [replace(batch, chosen=mark.real) for batch, mark in zip(shared, marks, strict=True)]
@@ -264,6 +263,14 @@ def _needs_totals(objective: Objective, batches: Sequence[MicroBatch]) -> bool:
     return objective.unit != "labels" or batches[0].weighted
 
 
+def _computed(batches: Sequence[MicroBatch], mine: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+    """What passes the layers of whole micro-batches: these, or those with shared prompts.
+
+    FLOPs and the balance of experts are of what is computed, tokens a second of the data.
+    """
+    return batches if mine[0].shared is None else mine
+
+
 def train_step(
     models: Sequence[Any],
     optimizer: MegatronOptimizer,
@@ -289,10 +296,10 @@ def train_step(
     if probes:
         totals["kl"] = divergence(models, prepared(models, objective, reference, probes, device), totals)
     balance.reset(config, models)
-    balance.set_loss_weight(config, batches, device, count=totals.get(objective.unit))
+    balance.set_loss_weight(config, _computed(batches, mine), device, count=totals.get(objective.unit))
     sums = run_schedule(models, mine, partial(score_loss, objective, totals), forward_only=False)
     updated, grad_norm, _ = cast(Any, optimizer).step()
-    result = summarize(sums, batches, device, computed=mine)
+    result = summarize(sums, batches, device, computed=_computed(batches, mine))
     metrics = result.metrics | balance.metrics(config, models, device)
     return replace(result, metrics=metrics, grad_norm=float(grad_norm or 0.0), skipped=not updated)
 
@@ -313,4 +320,4 @@ def eval_step(
         totals["kl"] = divergence(models, prepared(models, objective, reference, probes, device), totals)
     with evaluating(models):
         sums = run_schedule(models, mine, partial(score_loss, objective, totals), forward_only=True)
-    return summarize(sums, batches, device)
+    return summarize(sums, batches, device, computed=_computed(batches, mine))

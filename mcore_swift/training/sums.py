@@ -30,7 +30,7 @@ class StepResult:
     loss_tokens: int  # labels that count
     tokens: int  # positions of the micro-batches, padding included (not probes, nor what context parallelism adds)
     sum_squared_lengths: float  # Σ document length², for attention FLOPs
-    computed: int  # of these positions those that are computed, where prompts are shared; for all other FLOPs
+    computed_tokens: int  # those that pass the layers, fewer where prompts are shared; for all other FLOPs
     grad_norm: float = 0.0
     skipped: bool = False
     tally: float = 0.0  # what the loss is a mean over
@@ -43,17 +43,16 @@ def summarize(
     batches: Sequence[MicroBatch],
     device: torch.device,
     *,
-    computed: Sequence[MicroBatch] = (),
+    computed: Sequence[MicroBatch],
 ) -> StepResult:
     """Adds up over micro-batches and data parallel ranks; every rank of the job gets the result.
 
-    `sums` are of this rank's parts, `computed`, and `batches` are whole: the first of a context parallel group counts
-    their sizes.
+    `sums` are of this rank's parts; `batches` are whole, and so is what is `computed` of them: the first of a context
+    parallel group counts their sizes.
     """
     squared = sum(_sum_squared_lengths(batch) for batch in batches)
     positions = float(sum(batch.tokens.numel() for batch in batches))
-    shared = any(part.shared is not None for part in computed)
-    distinct = float(sum(part.tokens.numel() for part in computed)) if shared else positions
+    passed = float(sum(batch.tokens.numel() for batch in computed))
     labels = sum(float(batch.loss_mask.count_nonzero()) for batch in batches)
     group = parallel.pp_group()
     last = dist.get_world_size(group) - 1
@@ -68,11 +67,11 @@ def summarize(
             [torch.stack([part[name].double() for part in sums]).sum() for name in names]
         )
         if parallel.ranks().cp == 0:
-            values[-4:] = torch.tensor([labels, positions, squared, distinct])
+            values[-4:] = torch.tensor([labels, positions, squared, passed])
         dist.all_reduce(values, group=parallel.dp_group())
     if last > 0:
         dist.broadcast(values, group=group, group_src=last)
-    *found, labels, positions, squared, distinct = values.tolist()
+    *found, labels, positions, squared, passed = values.tolist()
     totals = dict(zip(names, found, strict=True))
     count = totals.pop("count")
     loss, tally = totals.pop("loss") / max(count, 1.0), totals.pop("tally", count)
@@ -83,7 +82,7 @@ def summarize(
         loss_tokens=round(labels),
         tokens=round(positions),
         sum_squared_lengths=squared,
-        computed=round(distinct),
+        computed_tokens=round(passed),
         tally=tally,
         counts=counts,
         bad_rows=() if math.isfinite(loss) else bad_rows(sums, batches),

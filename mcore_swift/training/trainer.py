@@ -321,7 +321,7 @@ class Trainer:
         return float(
             training_flops(
                 self.model.shape,
-                tokens=result.computed,
+                tokens=result.computed_tokens,
                 sum_squared_lengths=round(result.sum_squared_lengths),
                 labels=result.loss_tokens,
                 frozen=frozen,

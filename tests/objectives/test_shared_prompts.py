@@ -11,16 +11,23 @@ import numpy as np
 import pytest
 import torch
 
+from mcore_swift import parallel
 from mcore_swift.data.judged_collate import collate_judged
 from mcore_swift.data.judged_samples import Answer
 from mcore_swift.data.shape import LoaderShape
 from mcore_swift.data.shared_prompts import share_prompts
 from mcore_swift.data.wanted import Form
-from mcore_swift.recipe import ObjectiveSection, ParallelSection
-from tests.distributed.harness import prepared
-from tests.objectives.here import Found, compute
+from mcore_swift.errors import InputError
+from mcore_swift.recipe import ObjectiveSection, ParallelSection, Recipe
+from tests.data_pipeline.conftest import tokenizer_folder  # noqa: F401  (fixtures)
+from tests.distributed.harness import prepared, run_ranks
+from tests.distributed.rank_model import CPU, open_model, recipe_for
+from tests.objectives import rows
+from tests.objectives.here import Found, compute, micro_batches
 from tests.objectives.test_against_trl import near, with_adapter
 from tests.objectives.test_layouts import EXPERTS, LAYOUTS, assert_same
+from tests.objectives.test_runs import LORA, run
+from tests.test_bad_runs import good_model, place  # noqa: F401
 
 # --- the function -----------------------------------------------------------------------------------------------------
 
@@ -186,7 +193,7 @@ def test_layout(models: Any, layout: str, lora: bool) -> None:
 @pytest.mark.parametrize("layout", [pytest.param(layout, marks=pytest.mark.nightly) for layout in EXPERTS])
 def test_experts(models: Any, layout: str) -> None:
     folder = models("qwen3-moe")
-    found, alone = (found_at(folder, place, share=True) for place in (layout, "one rank"))
+    found, alone = (found_at(folder, at, share=True) for at in (layout, "one rank"))
     assert_same(found, alone)
     assert_same(without_loads(found), without_loads(found_at(folder, "one rank", share=False)))
 
@@ -209,9 +216,8 @@ def without_loads(found: dict[str, Found]) -> dict[str, Found]:
 def test_windows_caps_and_sinks(models: Any, family: str) -> None:
     """Their attention is that of whole documents, as ever."""
     folder, cases = models(family), ("simpo",)
-    assert_same(
-        found_at(folder, "one rank", share=True, cases=cases), found_at(folder, "one rank", share=False, cases=cases)
-    )
+    found, expected = (found_at(folder, "one rank", share=share, cases=cases) for share in (True, False))
+    assert_same(without_loads(found), without_loads(expected))
 
 
 @pytest.mark.parametrize("layout", ["one rank", pytest.param("TP2xPP2", marks=pytest.mark.nightly)])
@@ -223,6 +229,70 @@ def test_rewards(models: Any, layout: str) -> None:
         for share in (True, False)
     )
     assert_same(found, expected)
+
+
+# --- what is counted, what is kept, what is refused -------------------------------------------------------------------
+
+
+def counts(recipe: Recipe) -> list[Any]:
+    """(positions of the data, those that were computed, Σ length²) of a step and of an evaluation; then the answers'
+    log-probabilities, as a precomputed reference keeps them."""
+    from mcore_swift.objectives.registry import build_objective
+    from mcore_swift.training import reference, step
+
+    model = open_model(recipe)
+    batches = micro_batches(recipe, model.source.vocab_size)
+    work = (batches, build_objective(recipe.objective), CPU, reference.adapter_off(model.models))
+    model.optimizer.step = lambda: (True, 0.0, None)
+    results = [step.train_step(model.models, model.optimizer, *work), step.eval_step(model.models, *work)]
+    logps = step.answer_logps(model.models, step.parts(batches, CPU, model.models))
+    return [*((one.tokens, one.computed_tokens, one.sum_squared_lengths) for one in results), logps]
+
+
+def test_counts(models: Any) -> None:
+    model = models("qwen3")
+    recipe = recipe_for(model, adapter=with_adapter(model)[0])
+    objective = ObjectiveSection(name="dpo", reference="adapter_off")
+    recipe = replace(recipe, objective=objective, data=replace(recipe.data, sequence_length=rows.PACK_LENGTH))
+    sharing = replace(recipe, data=replace(recipe.data, share_prompts=True))
+    whole, whole_again, kept = run_ranks(counts, 1, recipe)[0]
+    found, found_again, kept_too = run_ranks(counts, 1, sharing)[0]
+    positions = len(rows.PACKS) * rows.PACK_LENGTH
+    assert whole == whole_again and whole[:2] == (positions, positions)
+    # Documents have a token more than labels; a pair of p, c and r labels shares p − 1 positions of the prompt's p.
+    own = [sum(p + c + r + 1 for p, c, r in (rows.LENGTHS[number] for number in pack)) for pack in rows.PACKS]
+    computed_tokens = sum(max(-(-length // 16), 1) * 16 for length in own)
+    assert found == found_again == (positions, computed_tokens, whole[2])  # attention has whole documents
+    for one, other in zip(kept, kept_too, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("reference", ["precomputed", "model"])
+def test_runs(place: Path, reference: str) -> None:  # noqa: F811
+    """Through the real command, from a file: steps and evaluation."""
+    keys = (*LORA, "--objective.reference", reference)
+    expected = run(place, "dpo", *keys)
+    for layout in ((), ("--parallel.pp", "2")):
+        for one, other in zip(run(place, "dpo", *keys, "--data.share_prompts", "true", *layout), expected, strict=True):
+            for name in (name for name in other if "loss" in name or "margin" in name):
+                assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
+
+
+def test_a_reference_with_latent_attention_is_refused(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mcore_swift.models import lever_rules
+    from mcore_swift.models.build import read_source
+    from mcore_swift.training.frozen import frozen_model
+
+    policy = models("qwen3")
+    recipe = recipe_for(policy)
+    objective = ObjectiveSection(name="dpo", reference="model", reference_path=str(near(policy, policy / "reference")))
+    recipe = replace(recipe, objective=objective, data=replace(recipe.data, share_prompts=True))
+    plan = parallel.resolve(ParallelSection(), world_size=1)
+    frozen_model(recipe, read_source(policy), plan)
+    monkeypatch.setattr(lever_rules.Run, "latent_attention", True)
+    with pytest.raises(InputError, match=r"data\.share_prompts: queries, keys and values of qwen3"):
+        frozen_model(recipe, read_source(policy), plan)
 
 
 def test_a_gradient_of_one_copy_only_is_seen(models: Any, monkeypatch: pytest.MonkeyPatch) -> None:

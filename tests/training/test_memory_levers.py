@@ -216,6 +216,7 @@ def test_what_goes_together(tmp_path: Path) -> None:
 DENSE = {"num_layers": 4}
 MOE = {"num_layers": 4, "num_moe_experts": 8, "moe_layer_freq": [1, 1, 1, 1]}
 ON_GPU, ON_CPU = False, True
+SHARED = "--objective.name dpo --data.share_prompts true"
 ALONE: list[tuple[str, dict[str, Any], bool, str]] = [
     (
         "--runtime.recompute selective --runtime.recompute_modules [moe_act]",
@@ -251,6 +252,8 @@ ALONE: list[tuple[str, dict[str, Any], bool, str]] = [
     ("--runtime.offload_layers 4", DENSE, ON_GPU, "4 of 4 layers"),
     ("--runtime.offload_modules [expert_fc1]", DENSE, ON_GPU, "names parts of experts, which toy doesn't have"),
     ("--runtime.ep_overlap true --parallel.ep 2 --parallel.dp 2", DENSE, ON_GPU, "toy has no experts"),
+    (SHARED, DENSE | {"multi_latent_attention": True}, ON_GPU, "data.share_prompts: queries, keys and values of toy"),
+    (SHARED, DENSE | {"attention_dropout": 0.1}, ON_CPU, "toy has dropout in its attention here"),
 ]
 
 
@@ -278,6 +281,7 @@ def test_allowed_here_and_for_this_model(tmp_path: Path) -> None:
         (every, shared, ON_GPU),
         ("--runtime.recompute full --runtime.recompute_layers 2 --parallel.pp 2", DENSE, ON_GPU),
         ("--runtime.ep_overlap true --parallel.ep 2 --parallel.dp 2", MOE, ON_GPU),
+        (SHARED, MOE | {"softmax_type": "learnable", "window_size": (4, 0), "attention_dropout": 0.0}, ON_GPU),
     ):
         refuse_run(load(tmp_path, options), fields, on_cpu=on_cpu, has_muon=True)
 
