@@ -4,7 +4,8 @@
 
 Qwen3-8B's shape with LoRA, random weights and rows. Each run of ours is the command line that users type, in a process
 of its own; a step takes all rows, in every run, so all compute the same tokens. Medians of the steps after the first
-two; tokens are those of both answers with their prompts, padding not counted. --limit: seconds a run may take.
+two; tokens are those of both answers with their prompts, padding not counted. Our DPO computes a prompt once for both
+(data.share_prompts); --only twice: for each. --limit: seconds a run may take.
 KEYS are recipe keys for all our runs; TRL's model is the one that they describe. Exit code 1: a run failed, or cost
 more than it may. Writes gpu_dpo.json and gpu_dpo.md after each run.
 """

@@ -67,7 +67,7 @@ def summarize(
             [torch.stack([part[name].double() for part in sums]).sum() for name in names]
         )
         if parallel.ranks().cp == 0:
-            values[-4:] = torch.tensor([labels, positions, squared, passed])
+            values[-4:] = torch.tensor([labels, positions, squared, passed], dtype=torch.float64)
         dist.all_reduce(values, group=parallel.dp_group())
     if last > 0:
         dist.broadcast(values, group=group, group_src=last)
