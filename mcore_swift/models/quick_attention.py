@@ -101,7 +101,8 @@ def is_plain(module: Any) -> bool:
     config = module.config
     eight_bit = config.fp8_dot_product_attention or config.fp8_multi_head_attention
     moved = config.cpu_offloading or config.fine_grained_activation_offloading
-    remembered = config.fp8 and config.recompute_granularity  # the module keeps count of its scales for it
+    # The module keeps count of its scales for these, and all ranks have to keep the same.
+    remembered = config.fp8 and (config.recompute_granularity or config.fp8_recipe == "delayed")
     watched = config.qk_clip or config.log_max_attention_logit
     alone = config.context_parallel_size == 1 and config.softmax_type == "vanilla" and not module.attention_dropout
     causal = module.attn_mask_type in ("causal", "padding_causal") and tuple(module.window_size or (-1, 0)) == (-1, 0)

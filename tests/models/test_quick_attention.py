@@ -156,6 +156,7 @@ PLAIN = {
     "cpu_offloading": False,
     "fine_grained_activation_offloading": False,
     "fp8": "hybrid",
+    "fp8_recipe": "tensorwise",
     "recompute_granularity": None,
     "qk_clip": False,
     "log_max_attention_logit": False,
@@ -173,10 +174,11 @@ def is_plain(module: dict[str, Any], config: dict[str, Any]) -> bool:
 
 def test_what_is_plain() -> None:
     assert is_plain({}, {})
+    other = {"context_parallel_size": 2, "softmax_type": "learnable", "recompute_granularity": "full"}
+    other["fp8_recipe"] = "delayed"
     for name, value in PLAIN.items():
-        other = {"fp8": None, "context_parallel_size": 2, "softmax_type": "learnable", "recompute_granularity": "full"}
         if name != "fp8":
             assert not is_plain({}, {name: other.get(name, not value)}), name
-    assert is_plain({}, {"fp8": None, "recompute_granularity": "full"})
+    assert is_plain({}, {"fp8": None, "recompute_granularity": "full", "fp8_recipe": "delayed"})
     for name, value in (("attention_dropout", 0.1), ("attn_mask_type", "no_mask"), ("window_size", (128, 0))):
         assert not is_plain({name: value}, {}), name
