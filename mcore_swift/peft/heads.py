@@ -105,12 +105,13 @@ class _Angles:
     def __call__(self, turning: Turning, length: int, rows: int) -> Angles:
         """Of [length, rows] tokens, in order; rows: 1 where documents are packed."""
         table, boundaries, factor = turning
-        same = self._last and table is self._last[0] and boundaries is self._last[1]
-        if not same or self._last[2:] != (factor, length, rows):
+        # A layer that is computed again gets another tensor for the table, of the same memory.
+        same = self._last and table.data_ptr() == self._last[0].data_ptr() and boundaries is self._last[1]
+        if not same or self._last[2:] != (table.shape, factor, length, rows):
             half = table.flatten(1)[:, : table.size(-1) // 2]
             each = half[:length].repeat_interleave(rows, 0) if boundaries is None else half[_places(boundaries, length)]
             self._found = each.cos() * factor, each.sin() * factor
-            self._last = table, boundaries, factor, length, rows
+            self._last = table, boundaries, table.shape, factor, length, rows
         assert self._found is not None
         return self._found
 

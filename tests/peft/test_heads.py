@@ -119,6 +119,9 @@ def test_another_micro_batch_has_other_angles() -> None:
     one, other = torch.tensor([0, 4, 8]), torch.tensor([0, 8])
     first = angles((table, one, 1.0), 8, 1)
     assert angles((table, one, 1.0), 8, 1) is first
+    assert angles((table.detach(), one, 1.0), 8, 1) is first  # as a layer gets it that is computed again
+    assert angles((table[:6], one[:1], 1.0), 1, 1) is not first
+    first = angles((table, one, 1.0), 8, 1)
     assert torch.equal(first[0][4:], first[0][:4])
     assert torch.equal(angles((table, other, 1.0), 8, 1)[0], table[:, 0, 0, :2].cos())
     assert torch.equal(angles((table, other, 2.0), 8, 1)[1], 2 * table[:, 0, 0, :2].sin())
