@@ -52,7 +52,7 @@ def prompts_counted(patch: Patch) -> None:
         mask = torch.where(early >= 0, torch.ones_like(batch.loss_mask), batch.loss_mask)
         return replace(batch, loss_mask=mask, sequences=replace(batch.sequences, index=early))
 
-    patch.setattr(context, "share", lambda batches: [early(batch) for batch in right(batches)])
+    patch.setattr(context, "share", lambda batches, **more: [early(batch) for batch in right(batches, **more)])
 
 
 def an_answers_label_left_out(patch: Patch) -> None:
