@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -99,6 +99,24 @@ class MicroBatch:
     output_rows: torch.Tensor | None = None
     shared: SharedPrompts | None = None
     weighted: bool = False
+
+    def at(self, positions: torch.Tensor) -> MicroBatch:
+        """These positions of s, int64 [n], of what is known of each position. All else stays that of the whole."""
+
+        def chosen(values: torch.Tensor) -> torch.Tensor:
+            return values.index_select(1, positions)
+
+        sequences = self.sequences
+        return replace(
+            self,
+            tokens=chosen(self.tokens),
+            labels=chosen(self.labels),
+            loss_mask=chosen(self.loss_mask),
+            position_ids=chosen(self.position_ids),
+            real=None if self.real is None else chosen(self.real),
+            adapter=None if self.adapter is None else chosen(self.adapter),
+            sequences=None if sequences is None else replace(sequences, index=chosen(sequences.index)),
+        )
 
     def to(self, device: torch.device) -> MicroBatch:
         def move(t: torch.Tensor | None) -> torch.Tensor | None:

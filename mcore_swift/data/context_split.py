@@ -91,17 +91,7 @@ def part_of(batch: MicroBatch, *, size: int, rank: int) -> MicroBatch:
     segments = batch.cu_seqlens
     if segments is None:
         segments = torch.tensor([0, batch.tokens.size(1)], device=batch.tokens.device)
-    positions = zigzag(segments, size=size, rank=rank)
-    return replace(
-        batch,
-        tokens=batch.tokens[:, positions],
-        labels=batch.labels[:, positions],
-        loss_mask=batch.loss_mask[:, positions],
-        position_ids=batch.position_ids[:, positions],
-        real=None if batch.real is None else batch.real[:, positions],
-        adapter=None if batch.adapter is None else batch.adapter[:, positions],
-        sequences=_with_index(batch.sequences, lambda values: values[:, positions]),
-    )
+    return batch.at(zigzag(segments, size=size, rank=rank))
 
 
 def _with_index(sequences: Sequences | None, change: Callable[[Tensor], Tensor]) -> Sequences | None:

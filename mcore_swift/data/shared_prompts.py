@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mcore_swift.data.batch import MicroBatch, SharedPrompts
 
@@ -81,26 +80,5 @@ def _computed(batch: MicroBatch, of: _Places, length: int) -> MicroBatch:
     rows = np.zeros(total, dtype=np.int64)  # of padding that isn't computed: any, since nothing is made of it
     rows[positions] = np.arange(len(positions))
     rows[second] = rows[first]
-    chosen = torch.from_numpy(positions)
-    shared = SharedPrompts(
-        rows=torch.from_numpy(rows),
-        positions=chosen,
-        second=torch.from_numpy(second),
-        second_rows=torch.from_numpy(rows[second]),
-    )
-
-    def at(values: Tensor) -> Tensor:
-        return values.index_select(1, chosen)
-
-    assert batch.sequences is not None
-    return replace(
-        batch,
-        tokens=at(batch.tokens),
-        labels=at(batch.labels),
-        loss_mask=at(batch.loss_mask),
-        position_ids=at(batch.position_ids),
-        real=None if batch.real is None else at(batch.real),
-        adapter=None if batch.adapter is None else at(batch.adapter),
-        sequences=replace(batch.sequences, index=at(batch.sequences.index)),
-        shared=shared,
-    )
+    shared = SharedPrompts(*map(torch.from_numpy, (rows, positions, second, rows[second])))
+    return replace(batch.at(shared.positions), shared=shared)

@@ -130,7 +130,7 @@ class _Tensors:
         self.own: Callable[..., Any] = attention.get_query_key_value_tensors
         self.turning: Turning | None = None  # how the next ones are to be turned
 
-    def apply(self) -> bool:
+    def applies(self) -> bool:
         return not (self.heads.of_queries.weight.requires_grad or self.heads.of_keys.weight.requires_grad)
 
     def __call__(
@@ -141,7 +141,7 @@ class _Tensors:
         split_qkv: bool = True,
     ) -> Any:
         turning, self.turning = self.turning, None
-        if not self.apply() or output_gate or not split_qkv or key_value_states is not None:
+        if not self.applies() or output_gate or not split_qkv or key_value_states is not None:
             assert turning is None
             return self.own(hidden, key_value_states, output_gate=output_gate, split_qkv=split_qkv)
         product = self.attention.linear_qkv(hidden)[0]
@@ -177,7 +177,7 @@ def _attend(
     table: Any = kwargs.get("rotary_pos_emb")
     packed = kwargs.get("packed_seq_params")
     whole = isinstance(table, Tensor) and table.size(-1) == tensors.heads.size
-    if args or not whole or not tensors.apply() or kwargs.get("inference_context") is not None:
+    if args or not whole or not tensors.applies() or kwargs.get("inference_context") is not None:
         return own(hidden, *args, **kwargs)
     boundaries = None
     if packed is not None:

@@ -92,8 +92,9 @@ def _head_rows(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> Any:
-    """Of a program's rows: their numbers, group and place in it, where their first halves begin, which numbers there
-    are, the norm's weights of both halves, and the angles' cosines and sines (of no angle for values).
+    """Of a program's rows: their numbers, group and place in it, where their first halves lie; the columns of a half,
+    and which of all that there is; the norm's weights of both halves, and the angles' cosines and sines (none for
+    values).
 
     TURNS: groups of a token; 0: nothing is turned.
     """

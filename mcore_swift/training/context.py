@@ -22,9 +22,9 @@ TOKENS_MULTIPLE = 16
 def share(batches: Sequence[MicroBatch], *, prompts: bool = False) -> list[MicroBatch]:
     """This rank's part of a step's micro-batches; the whole of them without context parallelism.
 
-    prompts: those of pairs are computed once, of packed micro-batches without context parallelism. With it, packed ones
-    leave with one length over the step, which pipeline stages need. Rows must have a multiple of 2·cp·tp positions
-    already (`ParallelPlan.length_multiple`).
+    prompts: those of pairs are computed once; of packed micro-batches, and not under context parallelism. With that,
+    packed ones leave with one length over the step, which pipeline stages need; rows must have a multiple of 2·cp·tp
+    positions already (`ParallelPlan.length_multiple`).
     """
     place = parallel.ranks()
     if prompts:
