@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 LAYOUT = "thd_thd_thd"
+MASK = "padding_causal"
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,6 @@ class Call:
     boundaries: tuple[Tensor, Tensor]  # of documents, int32 [n + 1], for queries and for keys
     backend: Any
     scale: float
-    mask: str
     trained: bool  # whether there will be a backward pass
     deterministic: bool
 
@@ -41,7 +41,7 @@ class Call:
             "attn_scale": self.scale,
             "qkv_layout": LAYOUT,
             "o_format": "thd",
-            "attn_mask_type": self.mask,
+            "attn_mask_type": MASK,
             "window_size": (-1, 0),
         }
 
@@ -105,7 +105,7 @@ def is_plain(module: Any) -> bool:
     remembered = config.fp8 and (config.recompute_granularity or config.fp8_recipe == "delayed")
     watched = config.qk_clip or config.log_max_attention_logit
     alone = config.context_parallel_size == 1 and config.softmax_type == "vanilla" and not module.attention_dropout
-    causal = module.attn_mask_type in ("causal", "padding_causal") and tuple(module.window_size or (-1, 0)) == (-1, 0)
+    causal = module.attn_mask_type in ("causal", MASK) and tuple(module.window_size or (-1, 0)) == (-1, 0)
     return alone and causal and not (eight_bit or moved or remembered or watched or module.fused_attention.use_FAv2_bwd)
 
 
@@ -146,7 +146,7 @@ def attend(
     if backend is None:
         return through_module()
     trained = module.training and torch.is_grad_enabled()
-    call = Call(longest, boundaries, backend, module.softmax_scale, "padding_causal", trained, module.deterministic)
+    call = Call(longest, boundaries, backend, module.softmax_scale, trained, module.deterministic)
     return _Attention.apply(query, key, value, call).flatten(1)
 
 
